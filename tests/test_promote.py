@@ -1,0 +1,127 @@
+"""Promotion: the notebook is the source of `shared/`."""
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from tests.promote import PromotionError, collect, main
+
+DOCSTRING = "Squares of numbers.\n\nLeaves out: cubes."
+SQUARE = 'def square(x: float) -> float:\n    """Return x times x."""\n    return x * x'
+
+
+def course(root, *cells, name="02_topic.ipynb", chapter="ch02_text_data"):
+    """Write a notebook with the given (kind, source, tag) cells below `root`."""
+    made = []
+    for kind, source, tag in cells:
+        cell = new_code_cell(source) if kind == "code" else new_markdown_cell(source)
+        cell.metadata["tags"] = [f"promote:{tag}"] if tag else []
+        made.append(cell)
+    (root / chapter).mkdir(exist_ok=True)
+    (root / "shared").mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=made), root / chapter / name)
+
+
+def test_module_reads_as_if_written_by_hand(tmp_path):
+    course(
+        tmp_path,
+        ("code", "import torch\nimport math\nfrom collections import Counter, defaultdict", None),
+        ("prose", DOCSTRING, "cleaning"),
+        ("code", "LIMIT = math.pi", "cleaning"),
+        (
+            "code",
+            'def count(x: list) -> Counter:\n    """Count."""\n    return Counter(x[:LIMIT])',
+            "cleaning",
+        ),
+    )
+    assert collect(tmp_path)["cleaning"] == (
+        '"""Squares of numbers.\n\nLeaves out: cubes.\n\n'
+        'Explained and proven in ch02_text_data/02_topic.ipynb.\n"""\n\n'
+        "import math\nfrom collections import Counter\n\n"
+        "LIMIT = math.pi\n\n\n"
+        'def count(x: list) -> Counter:\n    """Count."""\n    return Counter(x[:LIMIT])\n'
+    )
+
+
+def test_two_notebooks_promote_in_chapter_order_and_writing_twice_changes_nothing(tmp_path, capsys):
+    course(tmp_path, ("code", "def later():\n    return earlier()", "cleaning"), chapter="ch03_attention")
+    course(tmp_path, ("code", "def earlier():\n    return 1", "cleaning"))
+    assert main(["--check", "--root", str(tmp_path)]) == 1
+    assert not (tmp_path / "shared" / "cleaning.py").exists()
+    assert main(["--root", str(tmp_path)]) == 0
+    text = (tmp_path / "shared" / "cleaning.py").read_text()
+    assert text.index("def earlier") < text.index("def later")
+    assert main(["--root", str(tmp_path)]) == 0
+    assert (tmp_path / "shared" / "cleaning.py").read_text() == text
+    assert main(["--check", "--root", str(tmp_path)]) == 0
+    assert "agree" in capsys.readouterr().out
+
+
+def test_changed_cell_fails_the_check_with_a_diff(tmp_path, capsys):
+    course(tmp_path, ("code", SQUARE, "cleaning"))
+    main(["--root", str(tmp_path)])
+    course(tmp_path, ("code", SQUARE.replace("x * x", "x ** 2"), "cleaning"))
+    assert main(["--check", "--root", str(tmp_path)]) == 1
+    assert "+    return x**2" in capsys.readouterr().out
+
+
+def test_names_promoted_to_another_module_are_imported_from_there(tmp_path):
+    course(
+        tmp_path,
+        ("code", SQUARE, "cleaning"),
+        ("code", "def fourth(x):\n    return square(square(x))", "tokenizer"),
+    )
+    assert "from shared.cleaning import square\n" in collect(tmp_path)["tokenizer"]
+
+
+def test_imports_of_the_module_from_itself_are_dropped(tmp_path):
+    course(tmp_path, ("code", SQUARE, "cleaning"))
+    course(
+        tmp_path,
+        ("code", "from shared.cleaning import square", None),
+        ("code", "def fourth(x):\n    return square(square(x))", "cleaning"),
+        name="03_more.ipynb",
+    )
+    assert "from shared" not in collect(tmp_path)["cleaning"]
+
+
+def test_local_names_attributes_and_builtins_need_no_import(tmp_path):
+    source = "def f(rows):\n    total = sum(row.size for row in rows)\n    return [total for _ in range(3)]"
+    course(tmp_path, ("code", source, "cleaning"))
+    assert "import" not in collect(tmp_path)["cleaning"].split('"""')[2]
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([("code", SQUARE, "nonsense")], "unknown module 'nonsense'; allowed are cleaning"),
+        ([("code", SQUARE, "download")], "unknown module 'download'"),
+        (
+            [("code", SQUARE, "cleaning"), ("code", SQUARE, "cleaning")],
+            "code cell 2: 'square' is already promoted by",
+        ),
+        ([("code", "def broken(:", "cleaning")], "code cell 1: does not parse"),
+        (
+            [("code", "def f():\n    return torch.ones(1)", "cleaning")],
+            "uses 'torch', which module 'cleaning'",
+        ),
+        ([("code", SQUARE + "\nprint(square(2))", "cleaning")], "neither a definition nor an import"),
+    ],
+)
+def test_errors_name_the_notebook_and_the_cell(tmp_path, capsys, cells, message):
+    course(tmp_path, *cells)
+    with pytest.raises(PromotionError) as error:
+        collect(tmp_path)
+    assert message in str(error.value)
+    assert "ch02_text_data/02_topic.ipynb" in str(error.value)
+    assert main(["--root", str(tmp_path)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_cell_with_two_modules_is_refused(tmp_path):
+    cell = new_code_cell(SQUARE)
+    cell.metadata["tags"] = ["promote:cleaning", "promote:tokenizer"]
+    (tmp_path / "ch02_text_data").mkdir()
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "ch02_text_data" / "01_a.ipynb")
+    with pytest.raises(PromotionError, match="one cell belongs to one module"):
+        collect(tmp_path)

@@ -1,0 +1,50 @@
+"""Verify the whole course: lint, format, promotion, tests, and every notebook's stored outputs.
+
+    python tests/verify.py             what `make test` runs
+
+Each step prints its own output; the last lines are a summary. The exit status is the number of failed steps.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.architecture import CHAPTERS, ROOT, notebooks
+from tests.run_notebooks import CHECKED_RUN
+
+PYTHON = [sys.executable, "-m"]
+NBVAL = ["pytest", "--nbval", "--nbval-current-env", "-n", "2", "--dist", "loadscope", "--tb=short"]
+
+STEPS = {
+    "lint": [*PYTHON, "ruff", "check", "."],
+    "format": [*PYTHON, "ruff", "format", "--check", "."],
+    "promotion": [sys.executable, "tests/promote.py", "--check"],
+    "architecture": [*PYTHON, "pytest", "tests/test_architecture.py"],
+    "pytest": [*PYTHON, "pytest", "--ignore=tests/test_architecture.py", "--durations=5", "tests"],
+    "notebooks": [*PYTHON, *NBVAL, *(name for name in CHAPTERS if any((ROOT / name).glob("*.ipynb")))],
+}
+
+
+def main() -> int:
+    """Run every step, print the summary, return the number of failed steps."""
+    environment = {**os.environ, **CHECKED_RUN}
+    lines, failed = [], 0
+    for name, command in STEPS.items():
+        print(f"\n== {name}: {' '.join(['python', *command[1:]])}", flush=True)
+        started = time.monotonic()
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        failed += status != 0
+        lines.append(
+            f"{name:<13}{'passed' if status == 0 else 'FAILED':<8}{time.monotonic() - started:7.0f} s"
+        )
+    print(f"\n== summary ({len(notebooks())} notebooks)")
+    print("\n".join(lines))
+    print(f"verify: {len(STEPS) - failed} passed, {failed} failed")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
