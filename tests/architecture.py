@@ -46,7 +46,17 @@ FLOORS = (
 )
 
 # Modules written by hand because they teach nothing; every other module comes out of a notebook.
-HAND_WRITTEN = ("corpus", "tales", "tale_grammar", "tale_scoring", "download", "proof", "results", "serving", "plotting")
+HAND_WRITTEN = (
+    "corpus",
+    "tales",
+    "tale_grammar",
+    "tale_scoring",
+    "download",
+    "proof",
+    "results",
+    "serving",
+    "plotting",
+)
 
 MODULES = tuple(name for floor in FLOORS for name in floor)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,8 +32,9 @@ CHECKED_RUN = {
 }
 
 
-# The kernel listens on loopback and checks signatures; its advice to encrypt as well would stand above every result.
-KERNEL_ARGUMENTS = ["--log-level=ERROR"]
+# A failing cell reports itself; the kernel's own log (advice to encrypt loopback sockets, complaints about being
+# shut down) would only stand between the results.
+KERNEL_ARGUMENTS = ["--log-level=CRITICAL"]
 
 
 class Failed(Exception):
@@ -68,6 +69,13 @@ def execute(path: Path) -> nbformat.NotebookNode:
             client.execute(env={**os.environ, **CHECKED_RUN})
         except CellExecutionError as error:
             raise Failed(f"{label} stopped in code cell {done} of {code_cells}:\n\n{error}") from None
+        except DeadKernelError:
+            raise Failed(f"{label}: the kernel died in code cell {done + 1}; is there memory left?") from None
+        except AssertionError:
+            # On Ctrl-C nbclient shuts the kernel down and then stumbles over its absence.
+            if client.km is not None:
+                raise
+            raise KeyboardInterrupt from None
     return _normalised(notebook)
 
 

@@ -81,7 +81,9 @@ def test_stories():
 
 def test_no_two_stories_share_a_paragraph():
     # Within a story an echo is the author's: a parrot repeats the loudspeaker.
-    paragraphs = {line: story.title for story in load_stories() for line in story.text.splitlines() if len(line) > 60}
+    paragraphs = {
+        line: story.title for story in load_stories() for line in story.text.splitlines() if len(line) > 60
+    }
     pairs = near_duplicates(list(paragraphs))
     assert [(a, b) for a, b in pairs if paragraphs[a] != paragraphs[b]] == []
 

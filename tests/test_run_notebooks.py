@@ -1,9 +1,16 @@
 """The runner behind `make run` and `make refresh`."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from tests.architecture import ROOT
 from tests.run_notebooks import Failed, execute, main, recorded
 
 
@@ -50,3 +57,23 @@ def test_unknown_notebook_is_a_usage_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nothing.ipynb")])
     assert "no such notebook" in capsys.readouterr().err
+
+
+@pytest.mark.posix
+def test_interrupt_stops_the_kernel_and_leaves_the_notebook_as_it_was(tmp_path):
+    pid_file = tmp_path / "pid"
+    sleep = f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    path = write_notebook(tmp_path / "01_a.ipynb", sleep)
+    before = path.read_bytes()
+    command = [sys.executable, "tests/run_notebooks.py", "--write", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not pid_file.exists() or not pid_file.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted" in errors and "Traceback" not in errors
+    assert path.read_bytes() == before
+    assert {found.name for found in tmp_path.iterdir()} == {"pid", "01_a.ipynb"}
+    assert not psutil.pid_exists(int(pid_file.read_text()))

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.architecture import CHAPTERS, ROOT, notebooks
+from tests.architecture import ROOT, notebooks
 from tests.run_notebooks import CHECKED_RUN
 
 PYTHON = [sys.executable, "-m"]
@@ -24,7 +24,7 @@ STEPS = {
     "promotion": [sys.executable, "tests/promote.py", "--check"],
     "architecture": [*PYTHON, "pytest", "tests/test_architecture.py"],
     "pytest": [*PYTHON, "pytest", "--ignore=tests/test_architecture.py", "--durations=5", "tests"],
-    "notebooks": [*PYTHON, *NBVAL, *(name for name in CHAPTERS if any((ROOT / name).glob("*.ipynb")))],
+    "notebooks": [*PYTHON, *NBVAL, *map(str, notebooks())],
 }
 
 
