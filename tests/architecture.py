@@ -23,7 +23,7 @@ CHAPTERS = (
 
 FLOORS = (
     ("corpus", "tales", "tale_grammar", "tale_scoring", "dates", "download", "proof", "results"),
-    ("cleaning", "tokenizer", "dataset"),
+    ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset"),
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
     ("sampling", "generation"),
@@ -51,6 +51,7 @@ HAND_WRITTEN = (
     "tales",
     "tale_grammar",
     "tale_scoring",
+    "tale_tokenizer",
     "download",
     "proof",
     "results",

@@ -1,6 +1,7 @@
 """What every stored notebook must fulfil, and that the checks of stored outputs can fail."""
 
 import copy
+import re
 import shutil
 import subprocess
 import sys
@@ -161,3 +162,8 @@ def test_findings_names_each_defect(tmp_path, spoil):
     spoil(notebook)
     nbformat.write(notebook, tmp_path / "a.ipynb")
     assert len(findings(tmp_path / "a.ipynb")) == 1
+
+
+def test_the_readme_lists_every_notebook_and_no_other():
+    listed = re.findall(r"\]\(([\w/]+\.ipynb)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert listed == [path.relative_to(ROOT).as_posix() for path in NOTEBOOKS]
