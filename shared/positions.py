@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size that is no int (TypeError) or below 1 (ValueError), by its name."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name} must be an int, got {size!r}")
@@ -55,7 +56,7 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, context_length: int, emb_dim: int) -> None:
         super().__init__()
-        _check_sizes(context_length=context_length, emb_dim=emb_dim)
+        check_sizes(context_length=context_length, emb_dim=emb_dim)
         self.weight = nn.Parameter(torch.empty(context_length, emb_dim))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -72,7 +73,7 @@ def sinusoidal_positions(context_length: int, emb_dim: int, base: float = 10000.
     Sines stand in the even columns and cosines in the odd ones: column pair m turns by base ** (-2 m / emb_dim)
     radians at each position. Raises ValueError if a size is below 1, `emb_dim` is odd or `base` not above 1.
     """
-    _check_sizes(context_length=context_length, emb_dim=emb_dim)
+    check_sizes(context_length=context_length, emb_dim=emb_dim)
     if emb_dim % 2:
         raise ValueError(f"emb_dim must be even, for pairs of sine and cosine; got {emb_dim}")
     if not base > 1:
@@ -114,7 +115,7 @@ def relative_position_bucket(
     query; without, all keys after the query share bucket 0 with the query itself.
     Raises ValueError if there are too few or an odd number of buckets, or `max_distance` lies within the exact ones.
     """
-    _check_sizes(n_buckets=n_buckets, max_distance=max_distance)
+    check_sizes(n_buckets=n_buckets, max_distance=max_distance)
     if n_buckets < (4 if bidirectional else 2) or (bidirectional and n_buckets % 2):
         raise ValueError(
             f"n_buckets must be at least 2, or even and at least 4 if bidirectional, got {n_buckets}"
@@ -137,7 +138,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
     If `n_heads` is no power of 2, the slopes of the power below come first, then every other one of the power
     above, as in the authors' program. Raises ValueError if `n_heads` is below 1.
     """
-    _check_sizes(n_heads=n_heads)
+    check_sizes(n_heads=n_heads)
     n_first = 2 ** (n_heads.bit_length() - 1)
     first = [2.0 ** (-8 * h / n_first) for h in range(1, n_first + 1)]
     rest = [2.0 ** (-4 * h / n_first) for h in range(1, 2 * (n_heads - n_first), 2)]
@@ -173,7 +174,7 @@ class RelativePositionBias(nn.Module):
         self, n_heads: int, n_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
     ) -> None:
         super().__init__()
-        _check_sizes(n_heads=n_heads)
+        check_sizes(n_heads=n_heads)
         self.buckets = {"n_buckets": n_buckets, "max_distance": max_distance, "bidirectional": bidirectional}
         relative_position_bucket(torch.arange(1), **self.buckets)  # refuses what does not fit
         self.weight = nn.Parameter(torch.empty(n_buckets, n_heads))
@@ -211,7 +212,7 @@ def rotary_inverse_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
 
     Raises ValueError if `head_dim` is odd or below 2, or `base` not above 1.
     """
-    _check_sizes(head_dim=head_dim)
+    check_sizes(head_dim=head_dim)
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, for pairs to rotate; got {head_dim}")
     if not base > 1:
@@ -251,7 +252,7 @@ class RotaryPositions(nn.Module):
     ) -> None:
         super().__init__()
         default = rotary_inverse_frequencies(head_dim, base)
-        _check_sizes(context_length=context_length)
+        check_sizes(context_length=context_length)
         frequencies = default if inverse_frequencies is None else inverse_frequencies.detach().cpu().float()
         if frequencies.shape != default.shape:
             wanted = f"(head_dim / 2,) = {tuple(default.shape)}"

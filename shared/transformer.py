@@ -19,18 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared.attention import KeyValueCache, MultiHeadAttention
-from shared.positions import SinusoidalPositions
+from shared.positions import SinusoidalPositions, check_sizes
 from shared.seq2seq import State
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class BlockConfig:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
-        _check_sizes(emb_dim=self.emb_dim, n_heads=self.n_heads, feed_forward_dim=self.feed_forward_dim)
+        check_sizes(emb_dim=self.emb_dim, n_heads=self.n_heads, feed_forward_dim=self.feed_forward_dim)
         if self.emb_dim % self.n_heads:
             raise ValueError(f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}")
         if not 0.0 <= self.dropout < 1.0:
@@ -148,7 +140,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: BlockConfig, n_layers: int, causal: bool = False) -> None:
         super().__init__()
-        _check_sizes(n_layers=n_layers)
+        check_sizes(n_layers=n_layers)
         self.layers = nn.ModuleList(EncoderLayer(config, causal) for _ in range(n_layers))
         self.norm = config.last_norm()
 
@@ -216,7 +208,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: BlockConfig, n_layers: int) -> None:
         super().__init__()
-        _check_sizes(n_layers=n_layers)
+        check_sizes(n_layers=n_layers)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(n_layers))
         self.norm = config.last_norm()
 
@@ -284,9 +276,9 @@ class Transformer(nn.Module):
         context_length: int = 512,
     ) -> None:
         super().__init__()
-        _check_sizes(vocab_size=vocab_size)
+        check_sizes(vocab_size=vocab_size)
         if target_vocab_size is not None:
-            _check_sizes(target_vocab_size=target_vocab_size)
+            check_sizes(target_vocab_size=target_vocab_size)
         self.config, self.context_length = config, context_length
         self.source_embedding = nn.Embedding(vocab_size, config.emb_dim)
         self.target_embedding = self.source_embedding
