@@ -11,7 +11,8 @@ Short, Test Long") and Su et al. (2021, "RoFormer").
 Left out: rotation of a part of each head (GPT-J, GPT-NeoX), two-dimensional positions, frequencies that
 depend on the length of the input (they can be passed in).
 
-Explained and proven in ch02_text_data/04_embeddings_and_positions.ipynb.
+Explained and proven in ch02_text_data/04_embeddings_and_positions.ipynb and
+ch04_gpt/01_building_blocks.ipynb.
 """
 
 import math
@@ -295,3 +296,45 @@ class RotaryPositions(nn.Module):
         else:
             partner = x.roll(self.head_dim // 2, dims=-1)  # the halves change places
         return torch.addcmul(x * own, partner, partners)  # x * own + partner * partners
+
+
+def scaled_rotary_frequencies(
+    kind: str, head_dim: int, base: float, factor: float, original_length: int
+) -> tuple[Tensor, float]:
+    """Return `inverse_frequencies` (head_dim / 2,) and `attention_factor` of `RotaryPositions` for longer contexts.
+
+    Args:
+        kind: "none", "linear" (Chen et al., 2023, arXiv:2306.15595), "ntk" (a larger base), "yarn" (Peng et al.,
+            2023, arXiv:2309.00071, with its limits of 32 turns and 1 turn), or "llama3" (Llama 3.1, with 4 and 1).
+        head_dim: Width of a head, even.
+        base: Base of the unscaled frequencies.
+        factor: How many times longer the context becomes, at least 1.
+        original_length: The context length of the training; "yarn" and "llama3" depend on it.
+
+    Raises:
+        ValueError: The kind is unknown, or a number is out of range.
+    """
+    frequencies = rotary_inverse_frequencies(head_dim, base)
+    if not factor >= 1.0:
+        raise ValueError(f"factor must be at least 1, got {factor}")
+    if original_length < 1:
+        raise ValueError(f"original_length must be at least 1, got {original_length}")
+    if kind == "none":
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / factor, 1.0
+    if kind == "ntk":
+        if head_dim < 4:
+            raise ValueError(f"head_dim must be at least 4 for kind 'ntk', got {head_dim}")
+        return rotary_inverse_frequencies(head_dim, base * factor ** (head_dim / (head_dim - 2))), 1.0
+    if kind == "llama3":
+        turns = original_length * frequencies / (2 * math.pi)  # of each pair within the original context
+        kept = ((turns - 1.0) / (4.0 - 1.0)).clamp(0.0, 1.0)
+        return frequencies * (kept + (1.0 - kept) / factor), 1.0
+    if kind == "yarn":
+        # The pair that makes n turns, from base ** (-2 m / head_dim) * original_length = 2 pi n.
+        pair = lambda n: head_dim * math.log(original_length / (2 * math.pi * n)) / (2 * math.log(base))
+        low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), head_dim - 1)
+        slowed = ((torch.arange(head_dim // 2) - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+        return frequencies * (1.0 - slowed + slowed / factor), 0.1 * math.log(factor) + 1.0
+    raise ValueError(f"kind must be one of none, linear, ntk, llama3, yarn, got {kind!r}")
