@@ -80,7 +80,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def _normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what differs between machines and says nothing: the Python version and the state of widgets."""
+    """Drop what differs between runs and says nothing: Python's version, widgets, how printed text was buffered."""
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -91,7 +91,23 @@ def _normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell.id = f"cell-{number:03d}"
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
+            cell.outputs = _joined(cell.outputs)
     return notebook
+
+
+def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Join neighbouring pieces of one stream."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if (
+            joined
+            and output.output_type == "stream" == joined[-1].output_type
+            and output.name == joined[-1].name
+        ):
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:

@@ -53,6 +53,14 @@ def test_cells_see_the_settings_of_a_checked_run(tmp_path):
     assert execute(path).cells[0].outputs[0].text == "1\n"
 
 
+def test_text_printed_in_pieces_is_stored_in_one(tmp_path):
+    path = write_notebook(
+        tmp_path / "01_a.ipynb",
+        "import sys, time\nfor i in range(3):\n    print(i)\n    sys.stdout.flush()\n    time.sleep(0.3)",
+    )
+    assert [output.text for output in execute(path).cells[0].outputs] == ["0\n1\n2\n"]
+
+
 def test_unknown_notebook_is_a_usage_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nothing.ipynb")])
