@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shared.decode_step import decode_step
 from shared.generation import check_ids, check_prompts, evaluating
 
 
@@ -137,9 +138,13 @@ class DraftModel:
         self._read, unread, proposed = ids[:n_same], ids[n_same:], []
         device = next(self.model.parameters()).device
         with evaluating(self.model):
+            step = decode_step(self.model)
             while len(proposed) < n:
-                tokens = torch.tensor([unread], device=device)
-                logits = self.model(tokens, caches=self._caches, last_only=True)
-                self._read, unread = self._read + unread, [int(logits[0, -1].argmax())]
+                tokens = torch.tensor(unread, device=device)
+                if len(unread) == 1:
+                    logits = step(tokens, None, None, self._caches)
+                else:
+                    logits = self.model(tokens[None], caches=self._caches, last_only=True)
+                self._read, unread = self._read + unread, [int(logits.argmax())]
                 proposed += unread
         return proposed
