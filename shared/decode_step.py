@@ -1,4 +1,4 @@
-"""One step of decoding without the cost of calling modules: the same arithmetic, everything looked up once.
+"""A step of decoding without the cost of calling modules: the same arithmetic, everything looked up once.
 
 A small model spends more time between its operations than in them: each call of a module takes one or two
 microseconds, and so does each check of a shape. While text is being written, the modules and the shapes
@@ -17,19 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.attention import KeyValueCache, MultiHeadAttention
+from shared.attention import KeyValueCache, MultiHeadAttention, causal_mask
 from shared.gpt import GPTModel
 from shared.layers import FeedForward, LayerNorm, RMSNorm, SwiGLU, TransformerBlock
 from shared.positions import RotaryPositions
 
-# Called as step(tokens, positions, mask, caches): tokens int64 (rows,), the newest of each row; positions int64
-# (rows, 1), or None to count on from the caches; mask bool (rows, keys) or None; one cache a block, which receives
-# the tokens. It returns the logits of the next token, (rows, vocab_size).
+# Called as step(tokens, positions, mask, caches): tokens int64 (rows, n), the newest of each row, in most cases one;
+# positions int64 (rows, n), or None to count on from the caches; mask bool (rows, keys), True for what is no padding,
+# or None; one cache a block, which receives the tokens. It returns the logits (rows, n, vocab_size).
 Step = Callable[[Tensor, Tensor | None, Tensor | None, Sequence[KeyValueCache]], Tensor]
 
 
 def decode_step(model: nn.Module) -> Step:
-    """Return a function that computes what `model` computes for one new token a row, as fast as can be.
+    """Return a function that computes what `model` computes for a few new tokens a row, with the least overhead.
 
     The model must be in evaluation mode, the function be called without gradients. It holds on to the weights: build a
     new one after they or the model's parts have been replaced.
@@ -39,7 +39,7 @@ def decode_step(model: nn.Module) -> Step:
 
     def step(tokens, positions, mask, caches):
         options = {"positions": positions, "key_padding_mask": mask, "caches": caches}
-        return model(tokens[:, None], last_only=True, **options).squeeze(1)
+        return model(tokens, **options)
 
     return step
 
@@ -106,20 +106,22 @@ def _fast_step(model: GPTModel) -> Step:
     counting = torch.arange(model.config.context_length, device=embedding.device)
 
     def step(tokens, positions, mask, caches):
+        start, n = caches[0].length, tokens.shape[1]
         if positions is None:
-            positions = counting[caches[0].length, None]  # (1,), the same for all rows
-        else:
-            positions = positions.squeeze(1)  # (rows,)
-        x = F.embedding(tokens, embedding)  # (rows, emb_dim)
+            positions = counting[start : start + n]  # (n,), the same for all rows
+        x = F.embedding(tokens, embedding)  # (rows, n, emb_dim)
         if added is not None:
             x = x + added(positions)
         factors = None
         if rotary is not None:
             factors = (
-                rotary.table[positions].to(x.dtype)[:, None, None].chunk(2, dim=-1)
-            )  # (rows or 1, 1, 1, head_dim)
+                rotary.table[positions].to(x.dtype).unsqueeze(-3).chunk(2, dim=-1)
+            )  # (.., 1, n, head_dim) each
         if mask is not None:
             mask = mask[:, None, None]  # (rows, 1, 1, keys)
+        if n > 1:
+            causal = causal_mask(n, start + n, device=x.device)
+            mask = causal if mask is None else mask & causal
         for (norm, attention, feed_forward_norm, feed_forward), cache in zip(layers, caches, strict=True):
             x = x + attention(norm(x), factors, mask, cache)
             x = x + feed_forward(feed_forward_norm(x))
@@ -129,15 +131,15 @@ def _fast_step(model: GPTModel) -> Step:
 
 
 def _attention_step(attention: MultiHeadAttention) -> Callable[..., Tensor]:
-    """Return the attention of one new token a row, x (rows, emb_dim), to itself and to the cached ones."""
+    """Return the attention of the new tokens, x (rows, n, emb_dim), to the cached ones and to themselves."""
     project, output, width = bare(attention.qkv), bare(attention.output), attention.head_dim
     n_heads, n_kv_heads = attention.n_heads, attention.n_kv_heads
     norms = [norm and bare(norm) for norm in (attention.query_norm, attention.key_norm)]
 
     def step(x, factors, mask, cache):
-        heads = project(x).view(
-            len(x), -1, 1, width
-        )  # (rows, all heads, 1, head_dim): with one token, no transpose
+        heads = (
+            project(x).unflatten(2, (-1, width)).transpose(1, 2)
+        )  # (rows, heads of all kinds, n, head_dim)
         turned, value = heads.split((n_heads + n_kv_heads, n_kv_heads), dim=1)
         if any(norms):
             parts = turned.split((n_heads, n_kv_heads), dim=1)
@@ -149,6 +151,6 @@ def _attention_step(attention: MultiHeadAttention) -> Callable[..., Tensor]:
         query, key = turned.split((n_heads, n_kv_heads), dim=1)
         keys, values = cache.append(key, value)
         mixed = F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=n_heads > n_kv_heads)
-        return output(mixed.reshape(len(x), -1))
+        return output(mixed.transpose(1, 2).flatten(2))
 
     return step

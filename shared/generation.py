@@ -78,7 +78,7 @@ class _Rows:
             return self.read()
         if self.positions is not None:
             self.positions += 1
-        return self.step(tokens, self.positions, self._seen(), self.caches)
+        return self.step(tokens[:, None], self.positions, self._seen(), self.caches).squeeze(1)
 
     def _seen(self) -> Tensor | None:
         """Return the mask (rows, keys) of the tokens that are no padding; None if all are."""

@@ -69,10 +69,15 @@ def generate_speculatively(
     n_passes = n_proposed = n_accepted = 0
     guesses, unread = [], ids
     with evaluating(model):
+        step = decode_step(model)
         while True:
             tokens = torch.tensor([unread + guesses], device=device)
             # Of the prompt only the last logits are wanted; later, those after the newest id and after each guess.
-            choices = model(tokens, caches=caches, last_only=not n_passes)[0].argmax(dim=-1).tolist()
+            if n_passes:
+                logits = step(tokens, None, None, caches)
+            else:
+                logits = model(tokens, caches=caches, last_only=True)
+            choices = logits[0].argmax(dim=-1).tolist()
             n_right = next((i for i, guess in enumerate(guesses) if guess != choices[i]), len(guesses))
             n_passes, n_proposed, n_accepted = n_passes + 1, n_proposed + len(guesses), n_accepted + n_right
             for cache in caches:
@@ -140,11 +145,11 @@ class DraftModel:
         with evaluating(self.model):
             step = decode_step(self.model)
             while len(proposed) < n:
-                tokens = torch.tensor(unread, device=device)
-                if len(unread) == 1:
+                tokens = torch.tensor([unread], device=device)
+                if self._read:
                     logits = step(tokens, None, None, self._caches)
                 else:
-                    logits = self.model(tokens[None], caches=self._caches, last_only=True)
-                self._read, unread = self._read + unread, [int(logits.argmax())]
+                    logits = self.model(tokens, caches=self._caches, last_only=True)
+                self._read, unread = self._read + unread, [int(logits[0, -1].argmax())]
                 proposed += unread
         return proposed

@@ -50,11 +50,10 @@ def assert_same_steps(model: GPTModel, padded: bool) -> None:
     caches, others = model.new_caches(16), model.new_caches(16)
     for used in (caches, others):
         model(ids[:, :6], positions=positions[:, :6], key_padding_mask=mask[:, :6], caches=used)
-    for t in range(6, 16):
-        seen, where = (mask[:, : t + 1], positions[:, t : t + 1]) if padded else (None, None)
-        options = {"positions": where, "key_padding_mask": seen, "caches": others}
-        expected = model(ids[:, t : t + 1], last_only=True, **options)
-        torch.testing.assert_close(step(ids[:, t], where, seen, caches), expected[:, 0])
+    for start, end in ((6, 7), (7, 8), (8, 11), (11, 12), (12, 16)):
+        seen, where = (mask[:, :end], positions[:, start:end]) if padded else (None, None)
+        expected = model(ids[:, start:end], positions=where, key_padding_mask=seen, caches=others)
+        torch.testing.assert_close(step(ids[:, start:end], where, seen, caches), expected)
     for cache, other in zip(caches, others, strict=True):
         torch.testing.assert_close(cache.contents(), other.contents())
 
@@ -75,7 +74,7 @@ def n_calls_of(model: GPTModel, module: nn.Module) -> int:
         caches = model.new_caches(4)
         model(torch.tensor([[1]]), caches=caches)
         calls.clear()
-        decode_step(model)(torch.tensor([2]), None, None, caches)
+        decode_step(model)(torch.tensor([[2]]), None, None, caches)
     return len(calls)
 
 
