@@ -38,11 +38,9 @@ _EXPERTS = {"blocks.{}.feed_forward.router": _LAYER + "block_sparse_moe.gate"} |
 }
 _LAYER_GPT2 = "transformer.h.{}."
 _GPT2: dict[str, str | tuple[str, ...]] = {
-    **{
-        "token_embedding": "transformer.wte",
-        "position_embedding": "transformer.wpe",
-        "output_head": "lm_head",
-    },
+    "token_embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "output_head": "lm_head",
     "blocks.{}.attention_norm": _LAYER_GPT2 + "ln_1",
     "blocks.{}.attention.qkv": _LAYER_GPT2 + "attn.c_attn",
     "blocks.{}.attention.output": _LAYER_GPT2 + "attn.c_proj",
