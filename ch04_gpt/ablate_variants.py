@@ -3,7 +3,6 @@
     python ablate_variants.py --measure                      time of a step of every variant: `ablate_variants_time.csv`
     python ablate_variants.py                                every variant, seeds 0 to 2, long and short recipe
     python ablate_variants.py --variant gpt2 llama --seeds 0 --recipe short
-    python ablate_variants.py --context --seeds 0            longer contexts: `ablate_variants_context.csv`
 
 Every variant sees the same stories in the same order. The learning rate rises in a short warm-up, stays constant,
 and falls linearly to 0 in the last quarter. So one run serves two budgets: from the constant part a copy branches off
@@ -19,7 +18,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,15 +32,18 @@ from shared.tale_tokenizer import tale_encoding
 from shared.tales import Story, TaleGenerator
 
 RESULTS = Path(__file__).resolve().parent / "ablate_variants.csv"
-CURVES, TIMES, CONTEXT = (RESULTS.with_stem(f"ablate_variants_{name}") for name in ("curves", "time", "context"))
-BATCH, WARMUP, LEARNING_RATE, COOLDOWN = 2, 60, 6e-3, 0.25  # the cool-down is a share of the steps
+CURVES, TIMES = RESULTS.with_stem("ablate_variants_curves"), RESULTS.with_stem("ablate_variants_time")
+BATCH = 2  # stories of a step
+LEARNING_RATE = 6e-3
+WARMUP, COOLDOWN = 60, 0.25  # steps of rising learning rate, share of the steps in which it falls
 BALANCE = 0.01  # factor of the balance loss
 VALIDATION_SEED, N_VALIDATION, TRAINING_SEED = 4_000_000, 256, 4_000_001
 WATCH = 50  # steps that a point of a curve is the mean of
 
 BASE = GPTConfig(vocab_size=2048, context_length=256, emb_dim=64, n_heads=4, n_layers=2, dropout=0.0)
 RMS, ROTARY, SWIGLU = {"norm": "rmsnorm"}, {"positions": "rotary"}, {"feed_forward": "swiglu"}
-NO_BIAS, GQA, QK_NORM, WINDOW = {"bias": False, "qkv_bias": False}, {"n_kv_heads": 2}, {"qk_norm": True}, {"window": 32}
+NO_BIAS, GQA = {"bias": False, "qkv_bias": False}, {"n_kv_heads": 2}
+QK_NORM, WINDOW = {"qk_norm": True}, {"window": 32}
 LLAMA = {**RMS, **ROTARY, **SWIGLU, **NO_BIAS}
 QWEN = {**LLAMA, **GQA, **QK_NORM}
 # Two of four experts are active, each half as wide as the SwiGLU they replace (176).
@@ -71,8 +73,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 SEEDS = (0, 1, 2)
 SHORT = ("gpt2", "llama")  # what the notebook trains as well
 COLUMNS = [
-    *("recipe", "variant", "seed", "parameters", "steps", "stories", "tokens", "learning_rate", "validation_loss"),
-    *("floor", "training_loss", "largest_load", "cpu_seconds", "hardware", "torch"),
+    *("recipe", "variant", "seed", "parameters", "steps", "stories", "tokens", "learning_rate"),
+    *("validation_loss", "floor", "training_loss", "largest_load", "cpu_seconds", "hardware", "torch"),
 ]
 CURVE_COLUMNS = ["variant", "seed", "step", "training_loss"]
 TIME_COLUMNS = ["variant", "ms_per_step", "ratio", "ratio_low", "ratio_high", "rounds", "hardware", "torch"]
@@ -92,17 +94,6 @@ class Recipe:
 
 
 RECIPES = {"long": Recipe(steps=1000, equal_time=True), "short": Recipe(steps=300, equal_time=False)}
-
-
-@dataclass(frozen=True)
-class Result:
-    """A cooled-down model, the steps and stories it saw, its last training loss (nats per story), its CPU time."""
-
-    model: GPTModel
-    steps: int
-    tokens: int
-    training_loss: float
-    cpu_seconds: float
 
 
 def rows(stories: Iterable[Story]) -> Tensor:
@@ -142,10 +133,11 @@ def validate(model: GPTModel) -> tuple[float, float]:
 class Training:
     """A model in training: its optimizer, what it saw, its losses. `step` makes one update."""
 
-    def __init__(self, variant: str, seed: int, **overrides: object) -> None:
+    def __init__(self, variant: str, seed: int) -> None:
         torch.manual_seed(seed)
-        self.model = GPTModel(replace(BASE, **{**VARIANTS[variant], **overrides})).train()
-        self.balance = BALANCE if self.model.config.feed_forward == "moe" and "unbalanced" not in variant else 0.0
+        self.model = GPTModel(replace(BASE, **VARIANTS[variant])).train()
+        balanced = self.model.config.feed_forward == "moe" and "unbalanced" not in variant
+        self.balance = BALANCE if balanced else 0.0
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, (0.9, 0.95), fused=True)
         self.steps, self.tokens, self.losses, self.cpu_seconds = 0, 0, [], 0.0
 
@@ -172,10 +164,9 @@ class Training:
         return other
 
 
-def train(variant: str, seed: int, ends: Iterable[int], batches: list[Tensor] | None = None) -> list[Training]:
+def train(variant: str, seed: int, ends: list[int]) -> list[Training]:
     """Train a variant and return it cooled down at each number of steps of `ends`, which rise."""
-    ends = list(ends)
-    batches = batches or training_batches(seed, max(ends))
+    batches = training_batches(seed, max(ends))
     trunk, results = Training(variant, seed), []
     for end in ends:
         start = end - round(COOLDOWN * end)
@@ -213,12 +204,19 @@ def run(variant: str, seed: int, recipe: str) -> list[dict[str, object]]:
     for name, end in budgets.items():
         result = trained[end]
         loss, load = validate(result.model)
+        budget = {
+            "steps": end,
+            "stories": end * BATCH,
+            "tokens": result.tokens,
+            "learning_rate": LEARNING_RATE,
+        }
+        measured = {"validation_loss": loss, "floor": floor, "largest_load": load}
+        measured["training_loss"] = statistics.fmean(result.losses[-WATCH:])
         found.append(
             {
                 **{"recipe": name, "variant": variant, "seed": seed, "parameters": result.model.n_parameters},
-                **{"steps": end, "stories": end * BATCH, "tokens": result.tokens, "learning_rate": LEARNING_RATE},
-                **{"validation_loss": f"{loss:.4f}", "floor": f"{floor:.4f}", "largest_load": f"{load:.4f}"},
-                "training_loss": f"{statistics.fmean(result.losses[-WATCH:]):.4f}",
+                **budget,
+                **{key: f"{value:.4f}" for key, value in measured.items()},
                 **{"cpu_seconds": f"{result.cpu_seconds:.1f}", **machine()},
             }
         )
@@ -231,7 +229,9 @@ def run(variant: str, seed: int, recipe: str) -> list[dict[str, object]]:
             }
             for end in range(WATCH, steps + 1, WATCH)
         ]
-        replace_rows(CURVES, CURVE_COLUMNS, points, lambda row: (row["variant"], int(row["seed"]), int(row["step"])))
+        replace_rows(
+            CURVES, CURVE_COLUMNS, points, lambda row: (row["variant"], int(row["seed"]), int(row["step"]))
+        )
     return found
 
 
@@ -254,7 +254,12 @@ def measure(rounds: int = 9, steps: int = 20) -> list[dict[str, object]]:
             {
                 **{"variant": name, "ms_per_step": f"{1000 * statistics.median(own):.2f}"},
                 "ratio": f"{statistics.median(ratios):.3f}",
-                **{"ratio_low": f"{ratios[0]:.3f}", "ratio_high": f"{ratios[-1]:.3f}", "rounds": rounds, **machine()},
+                **{
+                    "ratio_low": f"{ratios[0]:.3f}",
+                    "ratio_high": f"{ratios[-1]:.3f}",
+                    "rounds": rounds,
+                    **machine(),
+                },
             }
         )
     return found
@@ -270,7 +275,7 @@ def machine() -> dict[str, str]:
     return {"hardware": f"{name}, 1 thread", "torch": torch.__version__.split("+")[0]}
 
 
-def replace_rows(path: Path, columns: list[str], new: list[dict[str, object]], key) -> None:  # noqa: ANN001
+def replace_rows(path: Path, columns: list[str], new: list[dict[str, object]], key: Callable) -> None:
     """Write rows to a CSV file atomically; old ones with the key of a new one go, the rest stays, sorted by key."""
     kept = []
     if path.exists():
@@ -289,7 +294,9 @@ def replace_rows(path: Path, columns: list[str], new: list[dict[str, object]], k
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all of them")
+    parser.add_argument(
+        "--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all of them"
+    )
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: both")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--measure", action="store_true", help="time the steps instead of training")
@@ -304,7 +311,9 @@ def main() -> None:
                 if recipe == "short" and (variant not in SHORT or seed != SEEDS[0]):
                     continue
                 found = run(variant, seed, recipe)
-                replace_rows(RESULTS, COLUMNS, found, lambda row: (row["recipe"], row["variant"], int(row["seed"])))
+                replace_rows(
+                    RESULTS, COLUMNS, found, lambda row: (row["recipe"], row["variant"], int(row["seed"]))
+                )
                 for row in found:
                     shown = ("recipe", "variant", "seed", "steps", "validation_loss", "floor", "cpu_seconds")
                     print(*(f"{name} {row[name]}" for name in shown), sep=", ", flush=True)
