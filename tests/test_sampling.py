@@ -225,7 +225,9 @@ def test_a_constant_added_to_the_logits_changes_nothing(processor):
 
 def test_a_constant_changes_what_the_repetition_penalty_does():
     penalty = RepetitionPenalty(2.0)
-    assert not torch.allclose(penalty(SO_FAR, TOY + 3).softmax(-1), penalty(SO_FAR, TOY).softmax(-1), atol=0.1)
+    assert not torch.allclose(
+        penalty(SO_FAR, TOY + 3).softmax(-1), penalty(SO_FAR, TOY).softmax(-1), atol=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,9 +332,7 @@ def test_generate_uses_them():
 
 def random_gpt(vocab_size: int, seed: int, dtype: torch.dtype = torch.float64) -> GPTModel:
     torch.manual_seed(seed)
-    model = GPTModel(
-        GPTConfig(vocab_size, context_length=20, emb_dim=16, n_heads=2, n_layers=2, dropout=0.0)
-    )
+    model = GPTModel(GPTConfig(vocab_size, context_length=20, emb_dim=16, n_heads=2, n_layers=2, dropout=0.0))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model.to(dtype).eval()
