@@ -23,11 +23,11 @@ CHAPTERS = (
 
 FLOORS = (
     ("corpus", "tales", "tale_grammar", "tale_scoring", "dates", "download", "proof", "results"),
-    ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset"),
+    ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset", "rows", "text_shards"),
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
     ("sampling", "generation"),
-    ("optimizers", "schedules", "planning", "training", "checkpoint", "weights"),
+    ("optimizers", "schedules", "planning", "training", "checkpoint", "weights", "run_options"),
     (
         "classification",
         "instruction",
@@ -52,6 +52,9 @@ HAND_WRITTEN = (
     "tale_grammar",
     "tale_scoring",
     "tale_tokenizer",
+    "rows",
+    "text_shards",
+    "run_options",
     "download",
     "proof",
     "results",
