@@ -11,30 +11,23 @@ tensorboard/ and shards/; one run at a time may use it. Errors are one line and 
 saved before.
 """
 
-import csv
 import datetime
 import json
 import math
 import os
-import platform
 import signal
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from shared.checkpoint import (
@@ -46,18 +39,13 @@ from shared.checkpoint import (
 )
 from shared.gpt import GPTConfig, GPTModel
 from shared.optimizers import build_optimizers, set_learning_rates
+from shared.processes import Processes, hardware, like, share_gradients, whole
 from shared.rows import DocumentRows, WindowRows
+from shared.run_log import RunLog
 from shared.run_options import Options, read_options
 from shared.schedules import build_schedule
 from shared.text_shards import TextShards, load_encoding, tokenise, tokenise_tales
 from shared.training import bits_per_byte, next_token_loss
-
-T = TypeVar("T")
-
-LOG_COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "cpu_seconds")
-EVALUATION_COLUMNS = (
-    "step", "tokens", "cpu_seconds", "loss", "bits_per_byte", "loss_per_document", "percent_above_floor"
-)  # fmt: skip
 
 
 class Diverged(Exception):
@@ -66,79 +54,6 @@ class Diverged(Exception):
     def __init__(self, step: int, message: str) -> None:
         super().__init__(f"step {step}: {message}")
         self.step = step
-
-
-class Processes:
-    """This process among those that `torchrun` started, or alone."""
-
-    def __init__(self, options: Options) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        kind = options.device
-        if kind == "auto":
-            kind = "cuda" if torch.cuda.is_available() else "cpu"
-        if kind == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            # Otherwise equal sums are taken in another order each time, and a continued run drifts away.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        self.device = torch.device(kind)
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        if self.world > 1:
-            patience = datetime.timedelta(hours=6)  # the others wait for the first to tokenise
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=patience)
-        if options.batch_size % (self.world * options.accumulation):
-            raise ValueError(
-                f"batch_size is {options.batch_size}; {self.world} processes with accumulation "
-                f"{options.accumulation} need a multiple of {self.world * options.accumulation}"
-            )
-
-    def total(self, values: Tensor) -> Tensor:
-        """Return the sum over all processes, float64 on the CPU."""
-        values = values.double().cpu()
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
-    def on_first(self, work: Callable[[], T]) -> T | None:
-        """Return `work()` in the first process, None in the others. Where it fails, all of them stop."""
-        result, error = None, None
-        if self.rank == 0:
-            try:
-                result = work()
-            except Exception as caught:
-                error = caught
-        if self.total(torch.tensor([error is not None])):
-            raise error or SystemExit(1)
-        return result
-
-    def say(self, text: str) -> None:
-        """Print a line, once."""
-        if self.rank == 0:
-            print(text, flush=True)
-
-
-class CsvLog:
-    """A CSV file of steps. Opening it cuts it back to `last_step`: a run that continues there writes the rest anew."""
-
-    def __init__(self, path: Path, columns: tuple[str, ...], last_step: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
-        part = path.with_suffix(".part")
-        part.write_text(",".join(columns) + "\n" + "".join(kept), encoding="utf-8", newline="\n")
-        os.replace(part, path)
-        self.file = path.open("a", encoding="utf-8", newline="")
-        self.writer = csv.DictWriter(self.file, columns, restval="", lineterminator="\n")
-
-    def write(self, row: dict[str, float]) -> None:
-        """Append a row; floats with all their digits."""
-        self.writer.writerow(row)
-
-    def to_disk(self) -> None:
-        """Bring all rows to the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
 
 def prepare_data(options: Options) -> tuple[TextShards, list[Path]]:
@@ -176,6 +91,11 @@ class Run:
 
     def __init__(self, options: Options, processes: Processes) -> None:
         self.options, self.processes, self.folder = options, processes, Path(options.out)
+        parts = processes.world * options.accumulation
+        if options.batch_size % parts:
+            raise ValueError(
+                f"batch_size is {options.batch_size}; processes x accumulation need a multiple of {parts}"
+            )
         encoding = load_encoding(options.tokenizer)
         self.config = GPTConfig.preset(options.preset, **{"vocab_size": encoding.n_vocab, **options.model})
         if self.config.vocab_size < encoding.n_vocab:
@@ -202,8 +122,7 @@ class Run:
         self.pending: list[tuple] = []
         self.evaluation: dict[str, float] = {}
         self.stop_wanted = False
-        self.logs: list[CsvLog] = []
-        self.board = None
+        self.log: RunLog | None = None
 
     def _rows(self, shards: list[Path], batch_size: int, end: int) -> DocumentRows | WindowRows:
         length, seed = self.config.context_length, self.options.seed
@@ -212,34 +131,22 @@ class Run:
         return DocumentRows(shards, length, batch_size, end, seed, self.options.length_pool)
 
     def _build_model(self) -> None:
-        options, device, world = self.options, self.processes.device, self.processes.world
+        options = self.options
         torch.manual_seed(options.seed)
-        self.model = GPTModel(self.config).to(device)
-        self.sharded = world > 1 and options.parallel == "fsdp"
-        if self.sharded:
-            mesh = dist.init_device_mesh(device.type, (world,))
-            for block in self.model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+        self.model = GPTModel(self.config).to(self.processes.device)
         if options.compile:
             self.model.compile()
-        self.forward: nn.Module = self.model
-        if world > 1 and not self.sharded:
-            self.forward = nn.parallel.DistributedDataParallel(self.model)
+        self.forward = self.processes.spread(self.model, options.parallel)
         rates = {"weight_decay": options.weight_decay, "betas": (options.beta1, options.beta2)}
         rates["matrix_learning_rate"] = options.matrix_learning_rate
         self.optimizers = build_optimizers(self.model, options.optimizer, options.learning_rate, **rates)
 
-    def open_logs(self) -> None:
-        """Open the logs, cut back to the current step."""
+    def open_log(self) -> None:
+        """Open the log, cut back to the current step; only the first process has one."""
+        if self.log:
+            self.log.close()
         if self.processes.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            files = (("log.csv", LOG_COLUMNS), ("evaluation.csv", EVALUATION_COLUMNS))
-            self.logs = [CsvLog(self.folder / name, columns, self.step) for name, columns in files]
-            if self.options.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
+            self.log = RunLog(self.folder, self.step, self.options.tensorboard)
 
     def autocast(self) -> torch.autocast | nullcontext:
         """Return the context of the forward pass."""
@@ -262,7 +169,7 @@ class Run:
         for part in range(first, first + options.accumulation):
             inputs, targets = self.train_rows.tensors(rows[part * size : (part + 1) * size])
             inputs, targets = inputs.to(processes.device), targets.to(processes.device)
-            with self._gradients_shared(part == first + options.accumulation - 1):
+            with share_gradients(self.forward, part == first + options.accumulation - 1):
                 with self.autocast():
                     logits = self.forward(inputs)
                     part_loss = next_token_loss(logits, targets, reduction="sum") / n_targets
@@ -278,14 +185,6 @@ class Run:
         rate = self.optimizers[-1].param_groups[0]["lr"]
         self.pending.append((self.step, loss, whole(norm), rate, self.tokens))
 
-    def _gradients_shared(self, last: bool) -> torch.autograd.graph.saved_tensors_hooks | nullcontext:
-        """Return a context in which the gradients of all processes meet only in the last part of a step."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(last)
-        elif not last and self.forward is not self.model:
-            return self.forward.no_sync()
-        return nullcontext()
-
     def look(self) -> None:
         """Read and log the losses since the last look. Raises Diverged for the first that is not as it should be."""
         if not self.pending:
@@ -295,22 +194,18 @@ class Run:
         losses = self.processes.total(torch.stack(losses)).tolist()
         norms, cpu = torch.stack(norms).tolist(), self.cpu_seconds()
         for step, loss, norm, rate, seen in zip(steps, losses, norms, rates, tokens, strict=True):
-            for log in self.logs[:1]:
-                log.write(dict(zip(LOG_COLUMNS, (step, loss, rate, norm, seen, round(cpu, 3)), strict=True)))
+            if self.log:
+                row = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": seen}
+                self.log.training({**row, "cpu_seconds": round(cpu, 3)})
             median = statistics.median(self.recent) if self.recent else math.inf
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Diverged(step, f"loss {loss}, gradient norm {norm}: not finite")
-            if (
-                self.options.spike_factor
-                and len(self.recent) >= 20
-                and loss > self.options.spike_factor * median
-            ):
-                raise Diverged(step, f"loss {loss:.4f} is more than {self.options.spike_factor:g} times {median:.4f}, "
-                                     f"the median of the last {len(self.recent)} steps")  # fmt: skip
+            limit = self.options.spike_factor * median if self.options.spike_factor else math.inf
+            if len(self.recent) >= 20 and loss > limit:
+                raise Diverged(
+                    step, f"loss {loss:.4f}: exploded, the median of the last steps is {median:.4f}"
+                )
             self.recent.append(loss)
-        if self.board:
-            for name, value in (("loss", losses[-1]), ("learning_rate", rates[-1]), ("grad_norm", norms[-1])):
-                self.board.add_scalar(f"train/{name}", value, steps[-1])
 
     def cpu_seconds(self) -> float:
         """Return the processor time of all processes, those before an interruption included."""
@@ -346,11 +241,8 @@ class Run:
             result["percent_above_floor"] = 100 * (result["loss_per_document"] / self.floor - 1)
         self.evaluation = {"step": self.step, "tokens": self.tokens, **result}
         row = {**self.evaluation, "cpu_seconds": round(self.cpu_seconds(), 3)}
-        for log in self.logs[1:]:
-            log.write(row)
-        if self.board:
-            for name, value in result.items():
-                self.board.add_scalar(f"validation/{name}", value, self.step)
+        if self.log:
+            self.log.evaluation(row)
         return result
 
     def save(self) -> None:
@@ -367,18 +259,15 @@ class Run:
         extra |= {
             "recent": list(self.recent),
             "cpu_seconds": self.cpu_seconds(),
-            "data": self.shards.folder.name,
+            "data": self.shards.sha256,
         }
 
         def write() -> None:
-            for log in self.logs:
-                log.to_disk()
-            found = latest_checkpoint(self.folder / "checkpoints")
+            self.log.to_disk()
+            folder, keep = self.folder / "checkpoints", self.options.keep_last
+            found = latest_checkpoint(folder)
             if found is None or found.name != f"step-{self.step:08d}":
-                keep = self.options.keep_last
-                save_checkpoint(
-                    self.folder / "checkpoints", self.step, model, optimizers, extra=extra, keep_last=keep
-                )
+                save_checkpoint(folder, self.step, model, optimizers, extra=extra, keep_last=keep)
 
         self.processes.on_first(write)
 
@@ -395,7 +284,7 @@ class Run:
             for name in fixed
             if before.get(name) != now[name]
         ]
-        if saved.extra["data"] != self.shards.folder.name:
+        if saved.extra["data"] != self.shards.sha256:
             changed.append("other data")
         if changed:
             raise ValueError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
@@ -426,7 +315,7 @@ class Run:
         rollbacks, skipped = self.rollbacks + 1, self.skipped
         self.restore()
         self.rollbacks, self.skipped = rollbacks, skipped + reason.step - self.step
-        self.open_logs()
+        self.open_log()
         self.processes.say(f"{reason}; back to step {self.step}, batches up to there are skipped")
 
     def advance(self) -> None:
@@ -486,40 +375,14 @@ class Run:
         self.processes.on_first(write)
 
 
-def whole(tensor: T) -> T:
-    """Return a sharded tensor gathered from all processes, anything else as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(value: T, model: Tensor | None) -> T:
-    """Return `value` sharded as `model` is, where it has its shape."""
-    if isinstance(model, DTensor) and isinstance(value, Tensor) and value.shape == model.shape:
-        return distribute_tensor(
-            value.to(model.device), model.device_mesh, model.placements, src_data_rank=None
-        )
-    return value
-
-
-def hardware(processes: Processes) -> str:
-    """Name processor, processes, threads and torch's version."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if processes.device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return (
-        f"{name}, processes {processes.world}, threads {torch.get_num_threads()}, torch {torch.__version__}"
-    )
-
-
 def main() -> None:
     """Run the command line."""
+    processes = None
     try:
         options = read_options(__doc__)
-        run = Run(options, processes := Processes(options))
+        run = Run(options, processes := Processes(options.device, options.threads))
         run.restore()
-        run.open_logs()
+        run.open_log()
         for number in (signal.SIGTERM, signal.SIGINT):
             # A second signal changes nothing: torchrun passes on what the terminal has sent already.
             signal.signal(number, lambda *_: setattr(run, "stop_wanted", True))
@@ -538,8 +401,8 @@ def main() -> None:
     except (ValueError, TypeError, OSError, Diverged) as error:
         raise SystemExit(f"pretrain: {error}") from error
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if processes is not None:
+            processes.close()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class TextShards:
         folder: Where they are; its name stands for the texts and the settings.
         train, validation: Paths of the token files.
         counts: For each side "tokens" (end tokens included) and "documents".
+        sha256: Checksum of the training tokens.
         floor: For tales the mean of -log p of the validation stories in nats, otherwise None.
     """
 
@@ -53,6 +54,7 @@ class TextShards:
     train: list[Path]
     validation: list[Path]
     counts: dict[str, dict[str, int]]
+    sha256: str
     floor: float | None = None
 
 
@@ -181,7 +183,7 @@ def tokenise_tales(
             chunks = encode_documents(texts(), encoding.encode_ordinary, encoding.eot_token)
             n_tokens = write_token_file(target / f"{side}-00000.npy", chunks, encoding.n_vocab)
             counts[side] = {"tokens": n_tokens, "documents": n}
-        _write_json(target / "job-00000.json", {**counts, "floor": floor})
+        _write_job(target, 0, {**counts, "floor": floor})
     return _collect(target, 1)
 
 
@@ -234,7 +236,7 @@ def _run_job(
         first = next(chunks, None)
         if first is not None:
             write_token_file(target / f"{side}-{number:05d}.npy", chain([first], chunks), encoding.n_vocab)
-    _write_json(target / f"job-{number:05d}.json", counts)
+    _write_job(target, number, counts)
 
 
 def _encode_job(
@@ -347,23 +349,31 @@ def _head(path: str) -> bytes:
         return file.read(HEAD_BYTES)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_job(target: Path, number: int, content: dict) -> None:
+    """Write the file that says that a job is done."""
+    train = target / f"train-{number:05d}.npy"
+    digest = None
+    if train.exists():
+        with train.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    path = target / f"job-{number:05d}.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
+    part.write_text(json.dumps({**content, "sha256": digest}), encoding="utf-8")
     os.replace(part, path)
 
 
 def _collect(target: Path, n_jobs: int) -> TextShards:
     counts = {side: {"tokens": 0, "documents": 0} for side in SIDES}
-    floor = None
+    floor, checksum = None, hashlib.sha256()
     for number in range(n_jobs):
         done = json.loads((target / f"job-{number:05d}.json").read_text(encoding="utf-8"))
         floor = done.get("floor")
+        checksum.update(str(done["sha256"]).encode())
         for side in SIDES:
             for key in counts[side]:
                 counts[side][key] += done[side][key]
     train, validation = (sorted(target.glob(f"{side}-*.npy")) for side in SIDES)
-    return TextShards(target, train, validation, counts, floor)
+    return TextShards(target, train, validation, counts, checksum.hexdigest(), floor)
 
 
 def _end_with_parent() -> None:
