@@ -181,14 +181,13 @@ def save_checkpoint(
             _to_disk(path)
         os.rename(part, final)  # the moment in which the checkpoint comes into being
         _to_disk(folder)
-        if keep_last is not None:
-            for path in checkpoints(folder)[:-keep_last]:
-                _remove(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
             f"{final} was not written: {error}; earlier checkpoints are untouched"
         ) from error
+    for path in checkpoints(folder)[:-keep_last] if keep_last else ():
+        _remove(path)
     return final
 
 
@@ -246,7 +245,10 @@ def _to_disk(path: Path) -> None:
 def _remove(path: Path) -> None:
     """Delete a checkpoint so that no half of it keeps its name."""
     doomed = path.with_name(f".{path.name}.old")
-    os.rename(path, doomed)
+    try:
+        os.rename(path, doomed)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be deleted: {error}") from error
     shutil.rmtree(doomed, ignore_errors=True)
 
 
