@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 2 ch05_pretraining/pretrain.py --recipe RECIPE --out build/run --parallel fsdp
 
 The same command again continues the run that it finds in --out. Batches and dropout depend on (seed, step) alone, so
-the continued run has the losses of an unbroken one of as many processes, to the last digit. SIGTERM and SIGINT (Ctrl-C)
-save and stop after the current step, with exit status 0. --out holds checkpoints/, log.csv, evaluation.csv,
-tensorboard/ and shards/; one run at a time may use it. Errors are one line and exit status 1, and lose nothing that was
-saved before.
+the continued run has the losses of an unbroken one of as many processes and threads, to the last digit. SIGTERM and
+SIGINT (Ctrl-C) save and stop after the current step, with exit status 0. --out holds checkpoints/, log.csv,
+evaluation.csv, tensorboard/ and shards/; one run at a time may use it. Errors are one line and exit status 1, and lose
+nothing that was saved before.
 """
 
 import datetime
@@ -153,15 +153,13 @@ class Run:
         device, lower = self.processes.device.type, self.options.precision == "bf16"
         return torch.autocast(device, torch.bfloat16) if lower else nullcontext()
 
-    def train_step(self) -> None:
-        """Make one update; its loss is looked at later."""
-        options, processes = self.options, self.processes
-        warming = self.step < options.warmup_steps  # the first step of a warm-up is not to be lost
-        set_learning_rates(self.optimizers, self.schedule(self.step + warming))
-        rows = self.train_rows.batch(self.step + self.skipped)
+    def gradients(self) -> tuple[torch.Tensor, int]:
+        """Compute the gradients of this step; return this process's part of the loss, and the number of targets."""
+        options, processes, number = self.options, self.processes, self.step + self.skipped
+        rows = self.train_rows.batch(number)
         n_targets = self.train_rows.n_targets(rows)
         if self.config.dropout:
-            source = np.random.SeedSequence([options.seed, self.step + self.skipped, processes.rank])
+            source = np.random.SeedSequence([options.seed, number, processes.rank])
             torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
         size = len(rows) // (processes.world * options.accumulation)
         first = processes.rank * options.accumulation
@@ -176,7 +174,14 @@ class Run:
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 (part_loss * processes.world).backward()
             loss += part_loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)
+        return loss, n_targets
+
+    def train_step(self) -> None:
+        """Make one update; its loss is looked at later."""
+        warming = self.step < self.options.warmup_steps  # the first step of a warm-up is not to be lost
+        set_learning_rates(self.optimizers, self.schedule(self.step + warming))
+        loss, n_targets = self.gradients()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf)
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad()
@@ -320,6 +325,11 @@ class Run:
 
     def advance(self) -> None:
         """Train until the last step or a signal, with all evaluations and checkpoints on the way."""
+        if self.forward is not self.model and self.step < self.options.steps:
+            # DDP arranges its buckets anew after its first pass. Without this one, the first sums after an
+            # interruption would be taken in another order than those of an unbroken run.
+            self.gradients()
+            self.model.zero_grad()
         options, started, since = self.options, time.perf_counter(), self.step
         while self.step < options.steps and not self.stop_wanted:
             self.train_step()
