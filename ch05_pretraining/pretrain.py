@@ -121,7 +121,7 @@ class Run:
         self.recent: deque[float] = deque(maxlen=100)
         self.pending: list[tuple] = []
         self.evaluation: dict[str, float] = {}
-        self.stop_wanted = False
+        self.signalled = False
         self.log: RunLog | None = None
 
     def _rows(self, shards: list[Path], batch_size: int, end: int) -> DocumentRows | WindowRows:
@@ -331,13 +331,12 @@ class Run:
             self.gradients()
             self.model.zero_grad()
         options, started, since = self.options, time.perf_counter(), self.step
-        while self.step < options.steps and not self.stop_wanted:
+        stopping = False
+        while self.step < options.steps and not stopping:
             self.train_step()
-            stop = torch.tensor([self.stop_wanted])
-            self.stop_wanted = (
-                bool(self.processes.total(stop)) if self.processes.world > 1 else self.stop_wanted
-            )
-            ends = self.stop_wanted or self.step == options.steps
+            # A signal may reach one process only, and at any time: what counts is what all have agreed on here.
+            stopping = bool(self.processes.total(torch.tensor([self.signalled])))
+            ends = stopping or self.step == options.steps
             evaluates = self.step % options.evaluate_every == 0 or self.step == options.steps
             saves = self.step % options.checkpoint_every == 0 or ends
             logs = self.step % options.log_every == 0
@@ -395,7 +394,7 @@ def main() -> None:
         run.open_log()
         for number in (signal.SIGTERM, signal.SIGINT):
             # A second signal changes nothing: torchrun passes on what the terminal has sent already.
-            signal.signal(number, lambda *_: setattr(run, "stop_wanted", True))
+            signal.signal(number, lambda *_: setattr(run, "signalled", True))
         counts = run.shards.counts["train"]
         processes.say(
             f"{run.model.n_parameters:,} parameters, {counts['tokens']:,} tokens in {counts['documents']:,} documents, "
