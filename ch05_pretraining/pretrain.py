@@ -7,8 +7,8 @@
 The same command again continues the run that it finds in --out. Batches and dropout depend on (seed, step) alone, so
 the continued run has the losses of an unbroken one of as many processes and threads, to the last digit. SIGTERM and
 SIGINT (Ctrl-C) save and stop after the current step, with exit status 0. --out holds checkpoints/, log.csv,
-evaluation.csv, tensorboard/ and shards/; one run at a time may use it. Errors are one line and exit status 1, and lose
-nothing that was saved before.
+evaluation.csv, tensorboard/, shards/ and a lock. Errors are one line and exit status 1, and lose nothing that was saved
+before.
 """
 
 import datetime
@@ -41,7 +41,7 @@ from shared.gpt import GPTConfig, GPTModel
 from shared.optimizers import build_optimizers, set_learning_rates
 from shared.processes import Processes, hardware, like, share_gradients, whole
 from shared.rows import DocumentRows, WindowRows
-from shared.run_log import RunLog
+from shared.run_log import RunLog, lock_folder
 from shared.run_options import Options, read_options
 from shared.schedules import build_schedule
 from shared.text_shards import TextShards, load_encoding, tokenise, tokenise_tales
@@ -104,6 +104,7 @@ class Run:
             )
         factor = {"decay": options.decay} if options.schedule == "wsd" else {}
         self.schedule = build_schedule(options.schedule, options.steps, options.warmup_steps, **factor)
+        self.lock = processes.on_first(lambda: lock_folder(self.folder))
         processes.on_first(lambda: prepare_data(options))
         self.shards, validation = prepare_data(options)
         self.train_rows = self._rows(self.shards.train, options.batch_size, encoding.eot_token)
@@ -360,6 +361,12 @@ class Run:
             if saves:
                 self.save()
 
+    def close(self) -> None:
+        """Close the log and leave the folder to the next run."""
+        for file in (self.log, self.lock):
+            if file:
+                file.close()
+
     def export(self, folder: Path) -> None:
         """Write the model in the format of `shared/checkpoints`: weights, and how they came about."""
         model = {name: whole(tensor).cpu().contiguous() for name, tensor in model_state(self.model).items()}
@@ -386,7 +393,7 @@ class Run:
 
 def main() -> None:
     """Run the command line."""
-    processes = None
+    processes = run = None
     try:
         options = read_options(__doc__)
         run = Run(options, processes := Processes(options.device, options.threads))
@@ -410,8 +417,9 @@ def main() -> None:
     except (ValueError, TypeError, OSError, Diverged) as error:
         raise SystemExit(f"pretrain: {error}") from error
     finally:
-        if processes is not None:
-            processes.close()
+        for each in (run, processes):
+            if each is not None:
+                each.close()
 
 
 if __name__ == "__main__":

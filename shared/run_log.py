@@ -9,6 +9,7 @@ Left out: figures of the machine, such as memory.
 import csv
 import os
 from pathlib import Path
+from typing import TextIO
 
 COLUMNS = {
     "log.csv": ("step", "loss", "learning_rate", "grad_norm", "tokens", "cpu_seconds"),
@@ -22,6 +23,25 @@ COLUMNS = {
         "percent_above_floor",
     ),
 }
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Return a file that no other process can lock until it is closed, at the latest when this process ends.
+
+    Raises:
+        BlockingIOError: Another run uses the folder. A `torchrun` that is killed may leave its processes running.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("w")
+    if os.name == "posix":  # Windows has no lock of this kind
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise BlockingIOError(f"{folder} is in use by another run") from None
+    return file
 
 
 class RunLog:

@@ -458,6 +458,17 @@ def test_a_run_is_continued_only_with_the_options_that_it_began_with(finished, m
     state.write_text(text)
 
 
+@pytest.mark.posix
+def test_a_folder_in_use_is_refused_until_its_run_ends(folder, monkeypatch):
+    given = arguments(folder / "locked", "--steps", "4")
+    run = new_run(*given)
+    with pytest.raises(SystemExit, match=r"pretrain: \S+locked is in use by another run"):
+        main_in_process(monkeypatch, *given)
+    run.close()
+    main_in_process(monkeypatch, *given)
+    assert len(rows_of(folder / "locked" / "log.csv")) == 4
+
+
 # ---- options
 
 
