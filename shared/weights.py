@@ -5,20 +5,26 @@ transformers has on disk. To write into the views is to import, to read them is 
 
 Left out: other architectures than `FAMILIES`, pickled checkpoints, quantised weights.
 
-Explained and proven in ch04_gpt/04_modern_variants.ipynb.
+Explained and proven in ch04_gpt/04_modern_variants.ipynb and ch05_pretraining/04_pretrained_weights.ipynb.
 """
 
+import json
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
+from shared.corpus import DATA
+from shared.download import fetch_model_file
 from shared.gpt import GPTConfig, GPTModel
 from shared.layers import choose
+from shared.positions import SinusoidalPositions
 
 _LAYER = "model.layers.{}."
 _LLAMA: dict[str, str | tuple[str, ...]] = {
@@ -89,10 +95,38 @@ def huggingface_views(model: GPTModel, family: str) -> dict[str, Tensor]:
     return views
 
 
+PIECE_NUMBERS = 2_000_000
+
+
+def read_header(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and type, such as ((4, 2), "F32"), of each tensor in a file; ValueError if it is damaged."""
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            entries = {name: file.get_slice(name) for name in sorted(file.keys())}
+            return {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in entries.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def read_pieces(path: str | os.PathLike, name: str) -> Iterator[tuple[int, Tensor]]:
+    """Yield whole rows of a tensor in a file, about `PIECE_NUMBERS` at a time, after the number of the first.
+
+    The file is opened anew for each: while it is open, all pages that were read count as the process's own memory.
+    """
+    start, n_rows = 0, 1
+    while start < n_rows:
+        with safe_open(os.fspath(path), "pt") as file:
+            stored = file.get_slice(name)
+            n_rows, *rest = stored.get_shape()
+            end = start + max(1, PIECE_NUMBERS // math.prod(rest))
+            yield start, stored[start:end]
+        start = end
+
+
 def load_safetensors(
-    model: GPTModel, paths: str | os.PathLike | Iterable[str | os.PathLike], family: str
+    model: GPTModel, paths: str | os.PathLike | Iterable[str | os.PathLike], family: str | None
 ) -> None:
-    """Copy weights that transformers saved into `model`, one tensor at a time, in the model's type and on its device.
+    """Copy weights from files into `model`, a few rows at a time, in the model's type and on its device.
 
     All names and shapes are checked first, so a file that does not fit changes nothing. The names may lack the prefix
     `transformer.` or `model.`, as in files of the model without its head.
@@ -100,42 +134,42 @@ def load_safetensors(
     Args:
         model: Its configuration must be that of the file; see `config_from_hf`.
         paths: A safetensors file, or all files of a model that is stored in several.
-        family: A name in `FAMILIES`.
+        family: A name in `FAMILIES`; None for our own names.
 
     Raises:
         ValueError: A tensor is missing, not known, there twice, of another shape, or a head of its own where the
-            model's is tied; a parameter has no counterpart or no memory ("meta"). A file that is missing or damaged
-            raises safetensors' errors.
+            model's is tied; a parameter has no counterpart or no memory ("meta"); or a file is damaged.
+        FileNotFoundError: A file is missing.
     """
-    views = huggingface_views(model, family)
+    parameters = model.named_parameters()
+    views = huggingface_views(model, family) if family else {name: p.detach() for name, p in parameters}
     if on_meta := [name for name, view in views.items() if view.is_meta]:
         raise ValueError(f"{on_meta[0]} is on the meta device, where nothing can be loaded into it")
-    prefix = "transformer." if family == "gpt2" else "model."
-    sources: dict[str, tuple[safe_open, str]] = {}
-    with ExitStack() as stack, torch.no_grad():
-        for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-            file = stack.enter_context(safe_open(os.fspath(path), "pt"))
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                full = name if name.startswith((prefix, "lm_head.")) else prefix + name
-                if full in sources:
-                    raise ValueError(f"{path} holds {name}, which an earlier file holds too")
-                if not _BUFFERS.search(full):
-                    sources[full] = file, name
-        read = lambda name: sources[name][0].get_tensor(sources[name][1])
-        head, embedding = "lm_head.weight", f"{FAMILIES[family]['token_embedding']}.weight"
-        if head not in views and head in sources:  # some programs store a tied head a second time
-            if not torch.equal(read(head), read(embedding)):
-                raise ValueError(f"{head} differs from {embedding}: the model needs tie_weights=False")
-            del sources[head]
-        if wrong := sorted(views.keys() ^ sources.keys()):
-            place = "is missing in the file" if wrong[0] in views else "has no place in the model"
-            raise ValueError(f"{wrong[0]} {place}; {len(wrong)} names do not match")
-        for name, view in views.items():
-            file, stored = sources[name]
-            if (shape := tuple(file.get_slice(stored).get_shape())) != tuple(view.shape):
-                raise ValueError(f"{name} must have shape {tuple(view.shape)}, got {shape}")
-        for name, view in views.items():
-            view.copy_(read(name))
+    prefix = {None: "", "gpt2": "transformer."}.get(family, "model.")
+    sources, shapes = {}, {}
+    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
+        for name, (shape, _) in read_header(path).items():
+            full = name if name.startswith((prefix, "lm_head.")) else prefix + name
+            if full in sources:
+                raise ValueError(f"{path} holds {name}, which an earlier file holds too")
+            if not _BUFFERS.search(full):
+                sources[full], shapes[full] = (path, name), shape
+    head, embedding = "lm_head.weight", f"{FAMILIES.get(family, {}).get('token_embedding')}.weight"
+    # Some programs store a tied head a second time.
+    if head not in views and {head, embedding} <= sources.keys():
+        pairs = zip(read_pieces(*sources[head]), read_pieces(*sources[embedding]), strict=False)
+        if shapes[head] != shapes[embedding] or not all(torch.equal(a, b) for (_, a), (_, b) in pairs):
+            raise ValueError(f"{head} differs from {embedding}: the model needs tie_weights=False")
+        del sources[head]
+    if wrong := sorted(views.keys() ^ sources.keys()):
+        where = "is missing in the file" if wrong[0] in views else "has no place in the model"
+        raise ValueError(f"{wrong[0]} {where}; {len(wrong)} names do not match")
+    for name, view in views.items():
+        if shapes[name] != tuple(view.shape):
+            raise ValueError(f"{name} must have shape {tuple(view.shape)}, got {shapes[name]}")
+    for name, view in views.items():
+        for start, rows in read_pieces(*sources[name]):
+            view[start : start + len(rows)].copy_(rows)
 
 
 _LLAMA_FIELDS = {
@@ -170,7 +204,6 @@ _OPTIONAL = {
 # What our model always is, hence the only values that a configuration may have; the first is also the default.
 _REQUIRED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("add_cross_attention", "scale_attn_by_inverse_layer_idx"), (False,)),
-    **dict.fromkeys(("attention_bias", "mlp_bias"), (False,)),
     **dict.fromkeys(("attention_dropout", "router_jitter_noise"), (0.0,)),
     **dict.fromkeys(("partial_rotary_factor", "low_freq_factor", "beta_slow"), (1.0, None)),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), (None,)),
@@ -192,7 +225,9 @@ def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
     needed = choose("model_type", family, CONFIG_FIELDS)
     # transformers 5 has the rotary options in rope_parameters, 4 in rope_scaling and beside it.
     config = {**config, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
-    required = dict(_REQUIRED)
+    required, biases = dict(_REQUIRED), ("attention_bias", "mlp_bias")
+    biased = family == "llama" and all(config.get(name) for name in biases)  # all of our biases or none
+    required |= dict.fromkeys(biases, (biased,))
     if family == "gpt2":  # we have one dropout for all three places
         required |= dict.fromkeys(("attn_pdrop", "embd_pdrop"), (config.get("resid_pdrop"),))
     for name, values in required.items():
@@ -207,8 +242,8 @@ def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
         options |= {
             "norm": "rmsnorm",
             "positions": "rotary",
-            "bias": False,
-            "qkv_bias": False,
+            "bias": biased,
+            "qkv_bias": biased,
             "dropout": 0.0,
         }
         options |= {"feed_forward": "moe" if family == "mixtral" else "swiglu", "qk_norm": family == "qwen3"}
@@ -227,3 +262,109 @@ def _window(config: Mapping[str, object]) -> int | None:
     if different := [kind for kind in config.get("layer_types") or [] if kind != known]:
         raise ValueError(f"layer_types must be {known} in all layers, got {different[0]}")
     return window
+
+
+def empty_model(config: GPTConfig) -> GPTModel:
+    """Return a model whose parameters have a shape and no memory (device "meta"); its computed tables are real."""
+    with torch.device("meta"):
+        model = GPTModel(config)
+    if config.positions == "sinusoidal":  # rotary tables are real already
+        model.position_embedding = SinusoidalPositions(config.context_length, config.emb_dim)
+    return model
+
+
+def allocate(model: GPTModel, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Give every parameter memory on a device, not initialised; a tied output head stays tied."""
+    for name, parameter in list(model.named_parameters()):
+        owner, _, kind = name.rpartition(".")
+        memory = torch.empty(parameter.shape, device=device, dtype=dtype)
+        setattr(model.get_submodule(owner), kind, nn.Parameter(memory))
+    if model.config.tie_weights:
+        model.output_head.weight = model.token_embedding.weight
+    model.to(device)  # the tables
+
+
+CHECKPOINTS = DATA.parent / "checkpoints"
+# Repository and commit: so a name means the same weights for ever.
+GPT2_REPOSITORIES = {
+    "gpt2-small": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+    "gpt2-medium": ("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"),
+    "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
+    "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
+}
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def shipped_checkpoints() -> list[str]:
+    """Return the names of the checkpoints that come with the course."""
+    return sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> GPTModel:
+    """Return a trained model in evaluation mode; the process's memory grows by little more than the weights.
+
+    Args:
+        name_or_path: A name in `GPT2_REPOSITORIES` (from the Hub's cache or the network), a name in
+            `shipped_checkpoints()`, or the path of a folder in our format or in Hugging Face's, of a family that
+            `config_from_hf` knows. A name comes before a folder of the same name.
+        device: Where the parameters are put.
+        dtype: Their type; None keeps the one that most of the stored numbers have.
+
+    Raises:
+        ValueError: The name is unknown, or a file is damaged or does not fit the configuration.
+        FileNotFoundError: The folder lacks a file.
+        DownloadError: The Hub's file cannot be had.
+    """
+    name = os.fspath(name_or_path)
+    if name in GPT2_REPOSITORIES:
+        repository, commit = GPT2_REPOSITORIES[name]
+        family, config = "gpt2", GPTConfig.preset(name)
+        files = [fetch_model_file(repository, "model.safetensors", commit)]
+    else:
+        known = shipped_checkpoints()
+        folder = CHECKPOINTS / name if name in known else Path(name)
+        if not folder.is_dir():
+            allowed = ", ".join([*GPT2_REPOSITORIES, *known])
+            raise ValueError(f"name_or_path must be one of {allowed}, or an existing folder, got {name!r}")
+        family, config = read_config(folder / "config.json")
+        files = weight_files(folder)
+    model = empty_model(config)
+    allocate(model, device, dtype or stored_dtype(files))
+    load_safetensors(model, files, family)
+    return model.eval()
+
+
+def read_config(path: Path) -> tuple[str | None, GPTConfig]:
+    """Return family (None: our format) and configuration from a config.json; ValueError if it is not understood."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "model" in values:
+            return None, GPTConfig(**values["model"])
+        return values.get("model_type"), config_from_hf(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint folder; FileNotFoundError if one is missing."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; pickled weights (.bin, .pt) are not read")
+    return [folder / name for name in names]
+
+
+def stored_dtype(paths: Iterable[Path]) -> torch.dtype:
+    """Return the type of most numbers in safetensors files; ValueError if it is not float or a file is damaged."""
+    counts = Counter()
+    for path in paths:
+        for shape, kind in read_header(path).values():
+            counts[kind] += math.prod(shape)
+    return choose("dtype of the stored weights", max(counts, key=counts.get, default="none"), _STORED)
