@@ -90,11 +90,10 @@ def config_to_hf(config: GPTConfig) -> dict[str, object]:
     values |= {"attention_bias": config.bias, "rope_parameters": rope_to_hf(config)}
     if family == "llama":
         return values | {"mlp_bias": config.bias}
-    kind = "full_attention" if config.window is None else "sliding_attention"
-    values |= {"sliding_window": config.window, "layer_types": [kind] * config.n_layers}
-    if family == "qwen3":
-        values |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
-    return values
+    if family == "qwen3":  # it may have windows in some layers only
+        kind = "full_attention" if config.window is None else "sliding_attention"
+        values |= {"use_sliding_window": config.window is not None, "layer_types": [kind] * config.n_layers}
+    return values | {"sliding_window": config.window}
 
 
 def rope_to_hf(config: GPTConfig) -> dict[str, object]:

@@ -13,18 +13,18 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from shared.corpus import DATA
 from shared.download import fetch_model_file
 from shared.gpt import GPTConfig, GPTModel
 from shared.layers import choose
-from shared.positions import SinusoidalPositions
 
 _LAYER = "model.layers.{}."
 _LLAMA: dict[str, str | tuple[str, ...]] = {
@@ -264,24 +264,27 @@ def _window(config: Mapping[str, object]) -> int | None:
     return window
 
 
-def empty_model(config: GPTConfig) -> GPTModel:
-    """Return a model whose parameters have a shape and no memory (device "meta"); its computed tables are real."""
-    with torch.device("meta"):
+class _NoFirstWeights(TorchFunctionMode):
+    """Inside this context the functions of torch.nn.init leave tensors as they are."""
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def empty_model(
+    config: GPTConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> GPTModel:
+    """Return a model to load weights into: its parameters are not initialised, its computed tables are right."""
+    with _NoFirstWeights():
         model = GPTModel(config)
-    if config.positions == "sinusoidal":  # rotary tables are real already
-        model.position_embedding = SinusoidalPositions(config.context_length, config.emb_dim)
-    return model
-
-
-def allocate(model: GPTModel, device: str | torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter memory on a device, not initialised; a tied output head stays tied."""
-    for name, parameter in list(model.named_parameters()):
-        owner, _, kind = name.rpartition(".")
-        memory = torch.empty(parameter.shape, device=device, dtype=dtype)
-        setattr(model.get_submodule(owner), kind, nn.Parameter(memory))
-    if model.config.tie_weights:
-        model.output_head.weight = model.token_embedding.weight
-    model.to(device)  # the tables
+    for parameter in model.parameters():  # the same objects, so a tied output head stays tied
+        parameter.data = torch.empty(parameter.shape, device=device, dtype=dtype)
+    return model.to(device)  # the tables
 
 
 CHECKPOINTS = DATA.parent / "checkpoints"
@@ -333,8 +336,7 @@ def load_pretrained(
             raise ValueError(f"name_or_path must be one of {allowed}, or an existing folder, got {name!r}")
         family, config = read_config(folder / "config.json")
         files = weight_files(folder)
-    model = empty_model(config)
-    allocate(model, device, dtype or stored_dtype(files))
+    model = empty_model(config, device, dtype or stored_dtype(files))
     load_safetensors(model, files, family)
     return model.eval()
 
