@@ -44,11 +44,9 @@ _EXPERTS = {"blocks.{}.feed_forward.router": _LAYER + "block_sparse_moe.gate"} |
 }
 _LAYER_GPT2 = "transformer.h.{}."
 _GPT2: dict[str, str | tuple[str, ...]] = {
-    **{
-        "token_embedding": "transformer.wte",
-        "position_embedding": "transformer.wpe",
-        "output_head": "lm_head",
-    },
+    "token_embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "output_head": "lm_head",
     "blocks.{}.attention_norm": _LAYER_GPT2 + "ln_1",
     "blocks.{}.attention.qkv": _LAYER_GPT2 + "attn.c_attn",
     "blocks.{}.attention.output": _LAYER_GPT2 + "attn.c_proj",
@@ -219,7 +217,7 @@ def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
 
     Raises:
         ValueError: The `model_type` is not in `CONFIG_FIELDS`, a field is missing, or one asks for what a GPTConfig
-            cannot say: biases in a Llama, another activation, windows in some layers only, other rotary scaling, ...
+            cannot say: some biases in a Llama, another activation, windows in some layers only, other rotary scaling...
     """
     family = str(config.get("model_type"))
     needed = choose("model_type", family, CONFIG_FIELDS)

@@ -199,7 +199,7 @@ def test_a_head_beside_a_tied_one_must_be_the_embedding(tmp_path):
     load_safetensors(model, tmp_path / "head.safetensors", "llama")
     tensors["lm_head.weight"][3, 3] += 1
     save_file(tensors, tmp_path / "head.safetensors")
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         load_safetensors(model, tmp_path / "head.safetensors", "llama")
 
 
@@ -229,9 +229,9 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(change, message
 
 def test_models_and_families_that_do_not_fit_are_refused(tmp_path):
     model = GPTModel(GPTConfig.preset("bytes-tiny"))
-    with pytest.raises(ValueError, match="family must be one of gpt2, llama, .*got 'bert'"):
+    with pytest.raises(ValueError, match=r"family must be one of gpt2, llama, .*got 'bert'"):
         huggingface_views(model, "bert")
-    with pytest.raises(ValueError, match="llama has no counterpart of position_embedding.weight"):
+    with pytest.raises(ValueError, match=r"llama has no counterpart of position_embedding.weight"):
         huggingface_views(model, "llama")
     with pytest.raises(FileNotFoundError):
         load_safetensors(model, tmp_path / "nothing.safetensors", "gpt2")
