@@ -27,7 +27,7 @@ FLOORS = (
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
     ("sampling", "generation"),
-    ("training", "checkpoint", "weights"),
+    ("optimizers", "schedules", "planning", "training", "checkpoint", "weights"),
     (
         "classification",
         "instruction",
