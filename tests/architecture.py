@@ -26,8 +26,8 @@ FLOORS = (
     ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset"),
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
-    ("sampling", "generation"),
-    ("optimizers", "schedules", "planning", "training", "checkpoint", "weights"),
+    ("sampling", "generation", "speculation"),
+    ("optimizers", "schedules", "planning", "training", "checkpoint", "weights", "diagnosis"),
     (
         "classification",
         "instruction",
