@@ -40,7 +40,7 @@ from shared.checkpoint import (
 from shared.gpt import GPTConfig, GPTModel
 from shared.optimizers import build_optimizers, set_learning_rates
 from shared.processes import Processes, hardware, like, share_gradients, whole
-from shared.rows import DocumentRows, WindowRows
+from shared.rows import DocumentRows, WindowRows, repeated_targets
 from shared.run_log import RunLog
 from shared.run_options import Options, read_options
 from shared.schedules import build_schedule
@@ -115,6 +115,10 @@ class Run:
         for token in encoding.token_byte_values():
             lengths[encoding.encode_single_token(token)] = len(token)
         self.token_bytes = torch.tensor(lengths, device=processes.device)
+        self.rare = None
+        if options.repeat_weight:
+            shares = self.train_rows.token_shares(self.config.vocab_size)
+            self.rare = (shares <= options.repeat_share).to(processes.device)
         self._build_model()
         self.step = self.skipped = self.rollbacks = self.tokens = 0
         self.cpu_before = 0.0  # of the processes before this one
@@ -172,10 +176,14 @@ class Run:
             with share_gradients(self.forward, part == first + options.accumulation - 1):
                 with self.autocast():
                     logits = self.forward(inputs)
-                    part_loss = next_token_loss(logits, targets, reduction="sum") / n_targets
+                    losses = next_token_loss(logits, targets, reduction="none") / n_targets
+                part_loss = losses.sum()
+                loss += part_loss.detach()
+                if self.rare is not None and options.repeat_from <= self.step < options.repeat_until:
+                    repeated = repeated_targets(inputs, targets, self.rare)
+                    part_loss = part_loss + options.repeat_weight * losses[repeated].sum()
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 (part_loss * processes.world).backward()
-            loss += part_loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -114,6 +114,11 @@ class DocumentRows:
             batches.append(generator.permutation(rows))
         return np.concatenate(batches)
 
+    def token_shares(self, vocab_size: int) -> torch.Tensor:
+        """Return the share of each token in the shards, float64 (vocab_size,)."""
+        counts = sum(np.bincount(shard, minlength=vocab_size) for shard in self.shards)
+        return torch.from_numpy(counts / counts.sum())
+
     def n_targets(self, rows: Sequence[int]) -> int:
         """Return how many targets the rows have, padding not counted."""
         return int(np.minimum(self.lengths[rows], self.context_length).sum())
@@ -128,6 +133,18 @@ class DocumentRows:
             targets[i, :length] = self.shards[self.shard_of[row]][start : start + length]
             inputs[i, 1:length] = targets[i, : length - 1]
         return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def repeated_targets(inputs: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Return where a target already stands among the inputs up to its position: bool (rows, tokens).
+
+    Args:
+        inputs, targets: int64 (rows, tokens), as `tensors` returns them.
+        counted: Bool (vocab_size,), which tokens count: without frequent ones, what is found are names and things that a
+            reader has to remember.
+    """
+    earlier = (targets[:, :, None] == inputs[:, None, :]).tril().any(dim=-1)  # (rows, tokens)
+    return earlier & (targets != IGNORED) & counted[targets.clamp(min=0)]
 
 
 def _sampler(n_rows: int, batch_size: int, seed: int) -> ResumableSampler:

@@ -62,6 +62,11 @@ class Options:
     schedule: str = option("wsd", "learning rate over the steps", choices=tuple(SCHEDULES))
     warmup_steps: int = option(0, "steps of linear warm-up")
     decay: float = option(0.5, "share of the steps in which wsd falls to 0")
+    repeat_weight: float = option(0.0, "extra weight in the loss of rare targets that stand earlier in their row, with "
+                                       "documents as rows: teaches early to look back")
+    repeat_share: float = option(0.004, "a token is rare if at most this share of the training tokens is the same")
+    repeat_from: int = option(0, "first step with the extra weight, counted from 0")
+    repeat_until: int = option(0, "first step without it again")
     max_grad_norm: float = option(1.0, "longer gradients are shortened to it; 0: never")
     precision: str = option("float32", "of the matrix products", choices=("float32", "bf16"))
     compile: bool = option(False, "torch.compile: needs a C++ compiler, pays off in long runs")
@@ -112,13 +117,15 @@ class Options:
             "tales_validation",
             "length_pool",
         )
-        not_negative = ("warmup_steps", "max_grad_norm", "spike_factor", "seed", "max_rollbacks", "threads")
+        not_negative = ("warmup_steps", "max_grad_norm", "spike_factor", "seed", "max_rollbacks", "threads", "repeat_weight")
         for name in (*at_least_1, *not_negative):
             smallest = int(name in at_least_1)
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
         if not self.out or not self.data:
             raise ValueError(f"{'data' if self.out else 'out'} is missing")
+        if self.repeat_weight and self.rows != "documents":
+            raise ValueError(f"repeat_weight is {self.repeat_weight}; it needs rows=documents")
         if self.is_tales and self.tokenizer != "tales":
             raise ValueError(f"tokenizer is {self.tokenizer!r}; tales have their own")
 
