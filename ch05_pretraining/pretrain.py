@@ -86,6 +86,23 @@ def prepare_data(options: Options) -> tuple[TextShards, list[Path]]:
     return shards, held_out
 
 
+@torch.no_grad()
+def initialise_mimetically(model: GPTModel) -> None:
+    """Let attention begin as a search for like tokens that copies what it finds (Trockman and Kolter, 2023).
+
+    Half of each key map becomes that of its queries, so that vectors score high with their like, and the output map
+    undoes the value map. A small model then learns early to repeat what stands far back in the text.
+    Raises ValueError if there are fewer key heads than query heads.
+    """
+    for block in model.blocks:
+        attention = block.attention
+        if attention.n_kv_heads != attention.n_heads:
+            raise ValueError(f"mimetic needs n_kv_heads={attention.n_heads}, got {attention.n_kv_heads}")
+        query, key, value = attention.qkv.weight.chunk(3)
+        key.lerp_(query, 0.5)
+        attention.output.weight.copy_(value.T)
+
+
 class Run:
     """A training run: everything that a step needs, and everything that a checkpoint holds."""
 
@@ -138,6 +155,8 @@ class Run:
         options = self.options
         torch.manual_seed(options.seed)
         self.model = GPTModel(self.config).to(self.processes.device)
+        if options.mimetic:
+            initialise_mimetically(self.model)
         if options.compile:
             self.model.compile()
         self.forward = self.processes.spread(self.model, options.parallel)

@@ -50,6 +50,8 @@ class Options:
     length_pool: int = option(8, "batches of documents that are sorted by length together; 1: none")
     preset: str = option("tales-1m", "shape of the model", choices=tuple(PRESETS))
     model: dict[str, object] = option({}, "changes to the preset, as NAME=VALUE ...: n_layers=2 qk_norm=true")
+    mimetic: bool = option(False, "first weights of attention that look for and copy tokens: keys are half queries, "
+                                   "outputs undo values")
     steps: int = option(1000, "updates")
     batch_size: int = option(16, "rows of an update, all processes together")
     accumulation: int = option(1, "parts in which a process computes its rows of an update")
