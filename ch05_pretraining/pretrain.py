@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 2 ch05_pretraining/pretrain.py --recipe RECIPE --out build/run --parallel fsdp
 
 The same command again continues the run that it finds in --out. Batches and dropout depend on (seed, step) alone, so
-the continued run has the losses of an unbroken one of as many processes, to the last digit. SIGTERM and SIGINT (Ctrl-C)
-save and stop after the current step, with exit status 0. --out holds checkpoints/, log.csv, evaluation.csv,
-tensorboard/ and shards/; one run at a time may use it. Errors are one line and exit status 1, and lose nothing that was
-saved before.
+the continued run has the losses of an unbroken one of as many processes and threads, to the last digit. SIGTERM and
+SIGINT (Ctrl-C) save and stop after the current step, with exit status 0. --out holds checkpoints/, log.csv,
+evaluation.csv, tensorboard/ and shards/; one run at a time may use it. Errors are one line and exit status 1, and lose
+nothing that was saved before.
 """
 
 import datetime
@@ -142,7 +142,7 @@ class Run:
         self.recent: deque[float] = deque(maxlen=100)
         self.pending: list[tuple] = []
         self.evaluation: dict[str, float] = {}
-        self.stop_wanted = False
+        self.signalled = False
         self.log: RunLog | None = None
 
     def _rows(self, shards: list[Path], batch_size: int, end: int) -> DocumentRows | WindowRows:
@@ -176,15 +176,13 @@ class Run:
         device, lower = self.processes.device.type, self.options.precision == "bf16"
         return torch.autocast(device, torch.bfloat16) if lower else nullcontext()
 
-    def train_step(self) -> None:
-        """Make one update; its loss is looked at later."""
-        options, processes = self.options, self.processes
-        warming = self.step < options.warmup_steps  # the first step of a warm-up is not to be lost
-        set_learning_rates(self.optimizers, self.schedule(self.step + warming))
-        rows = self.train_rows.batch(self.step + self.skipped)
+    def gradients(self) -> tuple[torch.Tensor, int]:
+        """Compute the gradients of this step; return this process's part of the loss, and the number of targets."""
+        options, processes, number = self.options, self.processes, self.step + self.skipped
+        rows = self.train_rows.batch(number)
         n_targets = self.train_rows.n_targets(rows)
         if self.config.dropout:
-            source = np.random.SeedSequence([options.seed, self.step + self.skipped, processes.rank])
+            source = np.random.SeedSequence([options.seed, number, processes.rank])
             torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
         size = len(rows) // (processes.world * options.accumulation)
         first = processes.rank * options.accumulation
@@ -203,7 +201,14 @@ class Run:
                     part_loss = part_loss + options.repeat_weight * losses[repeated].sum()
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 (part_loss * processes.world).backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)
+        return loss, n_targets
+
+    def train_step(self) -> None:
+        """Make one update; its loss is looked at later."""
+        warming = self.step < self.options.warmup_steps  # the first step of a warm-up is not to be lost
+        set_learning_rates(self.optimizers, self.schedule(self.step + warming))
+        loss, n_targets = self.gradients()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf)
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad()
@@ -347,14 +352,18 @@ class Run:
 
     def advance(self) -> None:
         """Train until the last step or a signal, with all evaluations and checkpoints on the way."""
+        if self.forward is not self.model and self.step < self.options.steps:
+            # DDP arranges its buckets anew after its first pass. Without this one, the first sums after an
+            # interruption would be taken in another order than those of an unbroken run.
+            self.gradients()
+            self.model.zero_grad()
         options, started, since = self.options, time.perf_counter(), self.step
-        while self.step < options.steps and not self.stop_wanted:
+        stopping = False
+        while self.step < options.steps and not stopping:
             self.train_step()
-            stop = torch.tensor([self.stop_wanted])
-            self.stop_wanted = (
-                bool(self.processes.total(stop)) if self.processes.world > 1 else self.stop_wanted
-            )
-            ends = self.stop_wanted or self.step == options.steps
+            # A signal may reach one process only, and at any time: what counts is what all have agreed on here.
+            stopping = bool(self.processes.total(torch.tensor([self.signalled])))
+            ends = stopping or self.step == options.steps
             evaluates = self.step % options.evaluate_every == 0 or self.step == options.steps
             saves = self.step % options.checkpoint_every == 0 or ends
             logs = self.step % options.log_every == 0
@@ -412,7 +421,7 @@ def main() -> None:
         run.open_log()
         for number in (signal.SIGTERM, signal.SIGINT):
             # A second signal changes nothing: torchrun passes on what the terminal has sent already.
-            signal.signal(number, lambda *_: setattr(run, "stop_wanted", True))
+            signal.signal(number, lambda *_: setattr(run, "signalled", True))
         counts = run.shards.counts["train"]
         processes.say(
             f"{run.model.n_parameters:,} parameters, {counts['tokens']:,} tokens in {counts['documents']:,} documents, "

@@ -85,7 +85,7 @@ class Processes:
         if self.world == 1:
             return model
         if parallel == "ddp":
-            return nn.parallel.DistributedDataParallel(model)
+            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         mesh = init_device_mesh(self.device.type, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)

@@ -1,4 +1,4 @@
-"""`ch05_pretraining/pretrain.py`: killed and continued to the last digit, stopped, diverged, out of disk; what it computes.
+"""`ch05_pretraining/pretrain.py`: killed and continued to the last digit, stopped, diverged, out of disk; its figures.
 
 Runs that are killed are real processes. They come from a fork server that has imported torch once; two processes meet
 over gloo as under `torchrun`, which one test uses itself.
@@ -226,9 +226,7 @@ def test_sigterm_to_one_of_two_processes_saves_and_stops_both(server, folder, un
 @pytest.mark.posix
 def test_torchrun_with_a_sharded_model_gives_the_losses_of_one_process(folder, unbroken):
     out = folder / "sharded"
-    given = arguments(
-        out, "--parallel", "fsdp", "--accumulation", "2", "--model", "dropout=0.0", "--steps", "6"
-    )
+    given = arguments(out, "--parallel", "fsdp", "--accumulation", "2", "--steps", "6")
     given += ["--checkpoint-every", "3", "--model", *SMALL[8:12]]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -314,7 +312,7 @@ def test_text_files_with_a_tokenizer_file_and_windows(folder, capsys):
     given = ["--data", str(books), "--separator", "\\n\\n", "--tokenizer", str(TALE_TOKENIZER_FILE)]
     given += ["--rows", "windows", "--workers", "1", "--validation-fraction", "0.1"]
     given += ["--model", "context_length=32", *SMALL[8:12]]
-    run = new_run(*arguments(out, "--steps", "3", *given))
+    run = new_run(*arguments(out, "--steps", "3", "--warmup-steps", "0", *given))
     run.advance()
     [row] = rows_of(out / "evaluation.csv")
     assert row["loss_per_document"] == "" and 6 < float(row["loss"]) < 8
@@ -330,7 +328,7 @@ def test_text_files_with_a_tokenizer_file_and_windows(folder, capsys):
 def test_tensorboard_holds_the_losses(folder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = folder / "board"
-    run = new_run(*arguments(out, "--steps", "3", "--tensorboard"))
+    run = new_run(*arguments(out, "--steps", "3", "--warmup-steps", "0", "--tensorboard"))
     run.advance()
     run.log.close()
     events = accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
