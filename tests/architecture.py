@@ -26,7 +26,7 @@ FLOORS = (
     ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset"),
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
-    ("sampling", "generation"),
+    ("sampling", "decode_step", "generation", "speculation"),
     ("training", "checkpoint", "weights"),
     (
         "classification",
