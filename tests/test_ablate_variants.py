@@ -31,7 +31,7 @@ def test_a_run_for_two_budgets_ends_where_single_runs_end(variant):
 
 def test_variants_differ_as_their_names_say():
     models = {name: GPTModel(ablation.replace(ablation.BASE, **o)) for name, o in ablation.VARIANTS.items()}
-    assert models["llama"].config == GPTConfig.preset("tales-tiny")
+    assert models["llama"].config == GPTConfig.preset("tales-tiny", init_std=ablation.BASE.init_std)
     size = {name: model.n_parameters for name, model in models.items()}
     assert size["gpt2"] - size["gpt2, rotary"] == 256 * 64
     assert size["gpt2"] - size["gpt2, RMSNorm"] == 5 * 64
