@@ -23,6 +23,8 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
+from shared.decode_step import decode_step
+
 # Called as processor(ids, logits): ids int64 (rows, tokens), all that was read and written so far; logits
 # (rows, vocab_size); returns the new logits. The rows of one call have the same number of tokens.
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -36,7 +38,7 @@ class _Rows:
     """
 
     def __init__(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
-        self.model, self.limit = model, model.config.context_length
+        self.model, self.limit, self.step = model, model.config.context_length, decode_step(model)
         self.device = next(model.parameters()).device
         self.end = max(map(len, prompts))
         self.last_column = self.end + max_new_tokens
@@ -64,7 +66,8 @@ class _Rows:
             self.mask = distances >= 0
             positions = distances[:, : self.longest].clamp(min=0)
             self.positions = positions[:, -1:].clone()
-        return self._logits(self.ids[:, left : self.end], positions)
+        options = {"positions": positions, "key_padding_mask": self._seen(), "caches": self.caches}
+        return self.model(self.ids[:, left : self.end], last_only=True, **options).squeeze(1)
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Append `tokens` (rows,), run the model over them alone (decode) and return logits (rows, vocab_size)."""
@@ -75,13 +78,11 @@ class _Rows:
             return self.read()
         if self.positions is not None:
             self.positions += 1
-        return self._logits(tokens[:, None], self.positions)
+        return self.step(tokens[:, None], self.positions, self._seen(), self.caches).squeeze(1)
 
-    def _logits(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        mask = None if self.mask is None else self.mask[:, : self.longest]
-        options = {"positions": positions, "key_padding_mask": mask, "caches": self.caches}
-        logits = self.model(tokens, last_only=True, **options).squeeze(1)
-        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    def _seen(self) -> Tensor | None:
+        """Return the mask (rows, keys) of the tokens that are no padding; None if all are."""
+        return None if self.mask is None else self.mask[:, : self.longest]
 
     def process(self, processors: Sequence[Processor], logits: Tensor) -> Tensor:
         """Let the processors change the logits: all rows at once if they are equally long, else one by one."""
@@ -254,6 +255,8 @@ def _steps(
         )  # of each row's prompt; None when the row has ended
         logits = rows.read()
         for step in range(max_new_tokens):
+            if logits.dtype in (torch.bfloat16, torch.float16):
+                logits = logits.float()
             if processors:
                 logits = rows.process(processors, logits)
             tokens = choose_tokens(logits, temperature, uniforms[:, step])
