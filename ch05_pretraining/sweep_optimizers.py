@@ -44,11 +44,11 @@ SHORT_STEPS = 50  # of the runs that the notebook repeats
 IGNORED = -100
 # Half-decades or finer around the rate that each paper advises; Muon's are those of its matrices.
 RATES = {
-    "sgd": (0.03, 0.1, 0.3),
-    "adam": (3e-3, 6e-3, 1.2e-2),
+    "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "adam": (3e-3, 6e-3, 1.2e-2, 2.5e-2),
     "adamw": (3e-3, 6e-3, 1.2e-2),
-    "lion": (3e-4, 1e-3, 3e-3),
-    "muon": (0.01, 0.02, 0.04),
+    "lion": (3e-4, 1e-3, 3e-3, 1e-2),
+    "muon": (0.01, 0.02, 0.04, 0.08),
 }
 MUON_VECTOR_RATE = 6e-3  # of AdamW for the embedding and the norms, beside Muon
 COLUMNS = [

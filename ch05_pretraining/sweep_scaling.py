@@ -29,7 +29,11 @@ SIZES = {
     "5x128": (5, 128),
 }  # blocks x width
 TOKENS = (250_000, 500_000, 1_000_000)
-MORE_TOKENS = {"2x32": (2_000_000, 4_000_000), "2x64": (2_000_000,)}
+MORE_TOKENS = {
+    "2x32": (2_000_000, 4_000_000, 8_000_000),
+    "2x64": (2_000_000, 4_000_000),
+    "3x80": (2_000_000,),
+}
 COLUMNS = [
     *("size", "parameters", "all_parameters", "tokens", "seed", "steps", "trained_tokens", "loss_per_story"),
     *("floor", "cpu_seconds", "hardware", "torch"),

@@ -167,8 +167,8 @@ def state_bytes(
 def data_parallel_bytes(n_bytes: float, n_ranks: int, sharded: bool) -> float:
     """Return the bytes that a rank sends in a step for the gradients, and with `sharded` for the weights.
 
-    `n_bytes` is the size of all weights in the type in which they travel. A ring all-reduce sends 2 (n - 1) / n of it; the
-    sharded way gathers the weights in the forward and in the backward pass and scatters the gradients: 3 (n - 1) / n.
+    `n_bytes` is the size of all weights in the type in which they travel. A ring all-reduce sends 2 (n - 1) / n of it;
+    the sharded way gathers the weights in both passes and scatters the gradients: 3 (n - 1) / n.
     """
     return (3 if sharded else 2) * (n_ranks - 1) / n_ranks * n_bytes
 
@@ -197,7 +197,7 @@ def plan(
     """Return what a step on `n_rows` sequences of `n_tokens` costs with activation checkpointing.
 
     Checkpointing computes the forward pass a second time: 4/3 of the FLOPs. Sending gradients and weights overlaps with
-    computing, so the longer of the two counts; tensor parallelism has to wait for its sums (two in each direction of each
+    computing, so the longer of the two counts; tensor parallelism has to wait for its sums (two in each pass of each
     block), and a pipeline of p stages idles for p - 1 of its micro-batches (Narayanan et al., 2021).
 
     Raises:
