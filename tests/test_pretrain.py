@@ -460,7 +460,7 @@ def test_a_run_is_continued_only_with_the_options_that_it_began_with(finished, m
 
 @pytest.mark.posix
 def test_a_folder_in_use_is_refused_until_its_run_ends(folder, monkeypatch):
-    given = arguments(folder / "locked", "--steps", "4")
+    given = arguments(folder / "locked", "--steps", "4", "--warmup-steps", "0")
     run = new_run(*given)
     with pytest.raises(SystemExit, match=r"pretrain: \S+locked is in use by another run"):
         main_in_process(monkeypatch, *given)
