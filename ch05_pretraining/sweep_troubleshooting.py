@@ -1,6 +1,6 @@
 """The longer runs of `05_troubleshooting.ipynb`: cures for overfitting and for poor text, three seeds each.
 
-    python ch05_pretraining/sweep_troubleshooting.py                       everything, about 6 minutes of one core
+    python ch05_pretraining/sweep_troubleshooting.py                       everything, about 8 minutes of one core
     python ch05_pretraining/sweep_troubleshooting.py --part overfitting    one part; --variant and --seeds choose runs
 
 Each run replaces its own rows in `sweep_troubleshooting_overfitting.csv` (losses every 25 steps) or
@@ -54,9 +54,9 @@ PROSE_STEPS = 300
 PROSE_EVERY = 25
 PROSE_LEARNING_RATE = 3e-3
 
-# Poor text: tales of two of the plans, so that a small model gets somewhere in a few seconds.
+# Poor text: tales of two of the plans, so that a small model gets somewhere in a quarter of a minute.
 TALE_PLANS = 2
-TALE_STEPS = 120
+TALE_STEPS = 300
 TALE_LEARNING_RATE = 6e-3
 N_VALIDATION = 100
 N_TEXTS = 48
@@ -94,9 +94,9 @@ OVERFITTING = {
 TEXT = {
     "20 stories": Tales(n_stories=20),
     "100 stories": Tales(n_stories=100),
-    "960 stories": Tales(),
-    "960 stories, width 16": Tales(emb_dim=16),
-    "960 stories, width 32": Tales(emb_dim=32),
+    "2,400 stories": Tales(),
+    "2,400 stories, width 16": Tales(emb_dim=16),
+    "2,400 stories, width 32": Tales(emb_dim=32),
 }
 
 

@@ -184,7 +184,7 @@ def diagnose(
                 "shift of the targets",
             ),
             Check("order of the batches", order_drift(batches), 0, 1.3, "data not shuffled"),
-            Check("first loss / ln V", first, 0.9, 1.1, "initial weights; targets"),
+            Check("first loss / ln V", first, 0.9, 1.1, "initial weights"),
             Check(
                 "gradient, largest / smallest block",
                 max(blocks) / max(min(blocks), 1e-30),
