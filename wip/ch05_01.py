@@ -33,7 +33,6 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -51,7 +50,7 @@ from shared.dataset import create_dataloader
 from shared.download import fetch_or_none, gpt2_encoding, or_none
 from shared.generation import generate
 from shared.gpt import GPTConfig, GPTModel
-from shared.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, heat_map, label_line, use_style
+from shared.plotting import BLUE, GREEN, GREY, ORANGE, RED, heat_map, label_line, use_style
 from shared.proof import compare
 from shared.results import record
 from shared.tale_scoring import score
@@ -649,7 +648,7 @@ def train(
                 norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise FloatingPointError(
-                        f"step {step}: loss {loss}, gradient norm {norm}; a lower learning rate, warm-up or "
+                        f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; a lower learning rate, warm-up or "
                         "clipping may help"
                     )
                 for optimizer in optimizers:
@@ -732,7 +731,7 @@ class Logits(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(ids).logits
 
-
+# %%
 torch.manual_seed(0)
 shape = {"vocab_size": 50, "n_positions": 16, "n_embd": 24, "n_head": 4, "n_layer": 2}
 off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
@@ -771,20 +770,19 @@ batch = [(ids[:, :-1], ids[:, 1:])]
 try:
     train(exploding, batch, torch.optim.SGD(exploding.parameters(), lr=1e5), n_steps=100, max_grad_norm=None)
 except FloatingPointError as error:
-    print(str(error).split(":")[1].split(" ")[1], "is no longer a number or infinite:", "the run has stopped")
+    print(error)
 assert all(parameter.isfinite().all() for parameter in exploding.parameters())
 
 # %% [markdown]
 # ## First run: learning a text by heart
 #
-# Three of our short stories, 26 KB, about as long as a short story of the kind that textbooks train on; and a fourth one to validate. They get a tokenizer of
-# their own, trained on the three. The model has far more parameters than the text has tokens. Windows start at every sixteenth token, so that the
+# Two of our short stories to train on, and a third one to validate. They get a tokenizer of their own, trained on the two. The model has far more parameters than the text has tokens. Windows start at every sixteenth token, so that the
 # model meets each place with little context before it and with much.
 
 # %%
-three = "\n\n\n\n".join(story.text for story in load_stories("train")[:3])
-story_encoding = BPETokenizer.train(three, 1024).to_tiktoken("stories")
-train_ids = story_encoding.encode_ordinary(three)
+two = "\n\n\n\n".join(story.text for story in load_stories("train")[:2])
+story_encoding = BPETokenizer.train(two, 1024).to_tiktoken("stories")
+train_ids = story_encoding.encode_ordinary(two)
 validation_ids = story_encoding.encode_ordinary(validation_story)
 
 C = 128
@@ -795,12 +793,13 @@ validation_windows = list(create_dataloader(validation_ids, 8, C, **windows))
 shape = {"vocab_size": story_encoding.n_vocab, "context_length": C, "n_layers": 2}
 torch.manual_seed(0)
 memoriser = GPTModel(GPTConfig.preset("tales-1m", **shape))
-print(f"{len(train_ids):,} tokens to train on, {len(validation_ids):,} to validate")
+print(f"{len(two.encode()) / 1000:.0f} KB, {len(train_ids):,} tokens to train on, {len(validation_ids):,} to validate")
 tokens_per_step = 8 * C
-print(f"{memoriser.n_parameters:,} parameters; {len(train_ids) / tokens_per_step:.1f} steps read as many tokens as the text has")
+print(f"{memoriser.n_parameters:,} parameters")
+print(f"{len(train_ids) / tokens_per_step:.1f} steps read as many tokens as the text has")
 
 # %%
-N_STEPS = 300
+N_STEPS = 270
 curve = []
 
 
@@ -815,10 +814,11 @@ def warm_up_and_decay(n_steps: int) -> Callable[[int], float]:
     return lambda k: min((k + 1) / 20, 1 - k / n_steps)
 
 
+# %%
 log = train(
     memoriser,
     train_loader,
-    torch.optim.AdamW(memoriser.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1),
+    torch.optim.AdamW(memoriser.parameters(), lr=7e-3, betas=(0.9, 0.95), weight_decay=0.1),
     n_steps=N_STEPS,
     schedule=warm_up_and_decay(N_STEPS),
     evaluate_every=20,
@@ -845,20 +845,20 @@ label_line(axes, "training", passes.iloc[-1], last["training"] + 0.15, BLUE)
 label_line(axes, "validation", passes.iloc[-1], last["validation"], RED)
 lowest = best["step"] * tokens_per_step / len(train_ids), best["validation"]
 axes.plot(*lowest, "o", color=RED, markersize=11, fillstyle="none")
-axes.annotate("lowest", lowest, (0, -20),
+axes.annotate("lowest", lowest, (0, 12),
               textcoords="offset points", color=RED, ha="center")  # fmt: skip
 axes.set(xlabel="passes over the text", ylabel="loss (nats per token)", ylim=(0, None), xlim=(0, 1.2 * passes.iloc[-1]))
-axes.set_title("Three stories by heart: one loss falls to nothing, the other rises")
+axes.set_title("Two stories by heart: one loss falls to nothing, the other rises")
 plt.show()
 
 # %% [markdown]
 # ### How much is recalled verbatim?
 #
-# We give the model 32 tokens from a place in the text and let it write the next 32 greedily. How many come out right before the first error? The same places
+# We give the model 16 tokens from a place in the text and let it write the next 32 greedily. How many come out right before the first error? The same places
 # in the validation story are the baseline: there, a right token is a guess.
 
 # %%
-def recalled(ids: list[int], n_prompts: int = 40, n_read: int = 32, n_write: int = 32) -> list[int]:
+def recalled(ids: list[int], n_prompts: int = 40, n_read: int = 16, n_write: int = 32) -> list[int]:
     """Tokens reproduced before the first error, from places spread evenly over the text."""
     starts = np.linspace(0, len(ids) - n_read - n_write, n_prompts).astype(int)
     written = generate(memoriser, [ids[s : s + n_read] for s in starts], n_write)
@@ -870,8 +870,7 @@ def recalled(ids: list[int], n_prompts: int = 40, n_read: int = 32, n_write: int
 
 
 recall = {"training": np.array(recalled(train_ids)), "validation": np.array(recalled(validation_ids))}
-print(sorted(recall["training"].tolist()), sorted(recall["validation"].tolist()), recall["training"].mean())
-pass
+assert (recall["training"] == 32).sum() >= 30 and recall["validation"].mean() < 2
 print("from the training text, most prompts are continued word for word over all 32 tokens;")
 print("from the validation story, the first or second token is already another")
 
@@ -883,16 +882,18 @@ record(
     f"validation text {recall['validation'].mean():.1f}",
 )
 start = 3000
-prompt, true = train_ids[start : start + 32], train_ids[start + 32 : start + 64]
+prompt, true = train_ids[start : start + 16], train_ids[start + 16 : start + 48]
 for name, ids in (("prompt", prompt), ("written", generate(memoriser, [prompt], 32)[0]), ("in the text", true)):
     print(f"{name + ':':13}{story_encoding.decode(ids)!r}")
-prompt = validation_ids[1000:1032]
+prompt = validation_ids[1000:1016]
 for name, ids in (("prompt", prompt), ("written", generate(memoriser, [prompt], 32)[0])):
     print(f"{name + ':':13}{story_encoding.decode(ids)!r}")
 
 # %% [markdown]
 # The model is a copy of the text with a strange index. That is not a defect of the loop: with so few tokens and so many passes, learning by heart is the best way to lower
-# the training loss. It is why large models are trained on more text than they can see twice, and why duplicates are removed from it.
+# the training loss. Large models recall
+# passages too, the more often they stood in the training text (Carlini et al., 2023). It is why they are trained on more text than they can see twice, and
+# why duplicates are removed from it.
 #
 # ## Second run: learning how stories are made
 #
@@ -942,7 +943,7 @@ class CountModel:
         return total
 
 # %%
-N_STORIES = 6000
+N_STORIES = 7200
 BATCH = 12
 generator = TaleGenerator(seed=1)
 training_rows = [document_row(story.text, encoding) for story in generator.stories(N_STORIES)]
@@ -957,7 +958,8 @@ for name, nats in baselines.items():
 # %% [markdown]
 # ### The run
 #
-# A model of two layers and 64 dimensions, small enough for a minute of one core. Before, halfway and after, it writes 24 stories at temperature 1: it
+# A model of two layers and 64 dimensions, small enough for a minute of one core. Its first weights are larger than GPT-2's 0.02, which is made for
+# wide layers: a matrix with 64 inputs hardly passes anything on with weights that small. Before, halfway and after, it writes 24 stories at temperature 1: it
 # draws each token with the probability it gives it. We keep them for grading.
 
 # %%
@@ -971,7 +973,7 @@ def write_stories(model: nn.Module, n: int = 24, seed: int = 0) -> list[str]:
 
 N_STEPS = N_STORIES // BATCH
 torch.manual_seed(0)
-network = GPTModel(GPTConfig.preset("tales-1m", emb_dim=64, n_layers=2))
+network = GPTModel(GPTConfig.preset("tales-1m", emb_dim=64, n_layers=2, init_std=0.09))
 samples = {}
 
 
@@ -984,7 +986,7 @@ def watch(step: int) -> float:
 log = train(
     network,
     row_batches(training_rows, BATCH),
-    torch.optim.AdamW(network.parameters(), lr=1.5e-2, betas=(0.9, 0.95), weight_decay=0.1),
+    torch.optim.AdamW(network.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
     n_steps=N_STEPS,
     schedule=warm_up_and_decay(N_STEPS),
     evaluate_every=50,
@@ -1029,8 +1031,8 @@ assert floor < shipped_loss < final
 record("tales-1m, loss per story", round(shipped_loss, 1), "nats", f"floor {floor:.1f}; 1 minute of training {final:.0f}")
 
 # %% [markdown]
-# The curve on a logarithmic scale: the network falls past the counts of single tokens, pairs and triples, and goes on falling towards the floor,
-# where `tales-1m` nearly is.
+# The curve on a logarithmic scale: the network falls past the counts of single tokens, pairs and triples, to about twice the
+# floor; `tales-1m` lies just above it.
 
 # %%
 figure, axes = plt.subplots(figsize=(7.2, 4.2))
@@ -1049,7 +1051,7 @@ axes.set_yscale("log")
 axes.set_yticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"])
 axes.minorticks_off()
 axes.set(xlabel="training tokens (thousands)", ylabel="validation loss (nats per story)", ylim=(42, 1600), xlim=(0, right))
-axes.set_title("On stories it never saw, the network beats counting and nears the floor")
+axes.set_title("The network beats counting; longer training comes close to the floor")
 plt.show()
 
 # %% [markdown]
@@ -1074,9 +1076,9 @@ grades = {f"step {key}" if isinstance(key, int) else key: grade(texts) for key, 
 grades["real tales"] = grade([story.text for story in validation_stories])
 grades = pd.DataFrame(grades).T
 sentences = grades["sentences"].to_list()
-assert sentences == sorted(sentences) and sentences[0] < 0.05 and sentences[3] > 0.8
+assert sentences[0] < 0.02 and sentences[0] < sentences[2] < 0.5 < sentences[3]
 assert (grades.loc["real tales"] == 1).all()
-print("sentences of the grammar: none at the start, more in the middle, more at the end, most from tales-1m")
+print("sentences of the grammar: none at the start, some at the end of the run, most from tales-1m")
 
 # %% tags=["nbval-ignore-output"]
 for key, texts in samples.items():
@@ -1099,7 +1101,7 @@ assert len(written) == 24 and not written & known
 # ## Where attention looks when it writes a pronoun
 #
 # *She* or *he*? The answer stands far back in the text, where a name was mentioned. Attention is the only way for a token to learn about earlier
-# ones, so we look at the weights of all heads of `tales-1m` at the moment before it writes a pronoun. A hook runs each attention layer a second time with
+# ones, so we look at the weights of all heads of `tales-1m` just before it writes a pronoun. A hook runs each attention layer a second time with
 # `need_weights=True`.
 
 # %%
@@ -1129,45 +1131,42 @@ compare("each query's weights add up to 1", weights.sum(dim=-1), torch.ones(weig
 # %%
 SEX = {name: sex for sex in ("girl", "boy") for name in lexicon(sex)}
 SEX |= dict.fromkeys(("she", "her", "herself"), "girl") | dict.fromkeys(("he", "him", "his", "himself"), "boy")
-PRONOUNS = {word for word in SEX if word.islower()}
+PRONOUNS = sorted(word for word in SEX if word.islower())
+KINDS = ["names that fit", "other names", "pronouns that fit", "other words"]
 
 
 def words_of(row: list[int]) -> list[str]:
     """For each token of a row the whole word it is a part of, without punctuation."""
     pieces = ["", *(encoding.decode([id]) for id in row[1:-1])]
-    text = "".join(pieces)
     ends = np.cumsum([len(piece) for piece in pieces])
-    spans = [(found.start(), found.end(), found.group()) for found in re.finditer(r"\w+", text)]
+    spans = [(found.start(), found.end(), found.group()) for found in re.finditer(r"\w+", "".join(pieces))]
     return [next((word for a, b, word in spans if a < end <= b), "") for end in ends]
 
 
-def pronoun_places(row: list[int]) -> Iterator[tuple[int, dict[str, list[int]]]]:
-    """Yield (position of a pronoun, positions of the earlier tokens by kind)."""
-    words = words_of(row)
-    for t, word in enumerate(words):
-        if word in PRONOUNS:
-            kinds = {"names that fit": [], "other names": [], "pronouns that fit": [], "other words": []}
-            for i, earlier in enumerate(words[:t]):
-                fits = SEX.get(earlier.lower() if earlier.lower() in SEX else earlier) == SEX[word]
-                is_name = earlier in SEX and earlier not in PRONOUNS
-                names = "names that fit" if fits else "other names"
-                kind = names if is_name else "pronouns that fit" if fits else "other words"
-                kinds[kind].append(i)
-            if kinds["names that fit"] and kinds["other names"]:
-                yield t, kinds
+def kinds_of(words: list[str], sex: str) -> Tensor:
+    """For each word its kind, an index into KINDS, as seen from a pronoun of this sex."""
+    is_name = torch.tensor([word in SEX and word not in PRONOUNS for word in words])
+    fits = torch.tensor([SEX.get(word, SEX.get(word.lower())) == sex for word in words])
+    return torch.where(is_name, torch.where(fits, 0, 1), torch.where(fits, 2, 3))
 
 # %%
-places = [(row, t, kinds) for row in validation_rows for t, kinds in pronoun_places(row)]
-kinds = list(places[0][2])
-looked, even = torch.zeros(4, 4, len(kinds)), torch.zeros(len(kinds))
-for row in validation_rows:
-    weights = attention_weights(shipped, row[:-1])
-    for t, groups in pronoun_places(row):
-        for k, kind in enumerate(kinds):
-            looked[:, :, k] += weights[:, :, t - 1, groups[kind]].sum(dim=-1) / len(places)
-            even[k] += len(groups[kind]) / t / len(places)
-print(f"{len(places)} pronouns; shares of the earlier tokens:")
-print(", ".join(f"{kind} {share:.1%}" for kind, share in zip(kinds, even.tolist(), strict=True)))
+looked_at = [(row, words_of(row)) for row in validation_rows]
+places = []  # (number of the row, position of the pronoun, its sex, kinds of all tokens)
+for r, (_, words) in enumerate(looked_at):
+    for t, word in enumerate(words):
+        if word in PRONOUNS:
+            kinds = kinds_of(words, SEX[word])
+            if {0, 1} <= set(kinds[:t].tolist()):
+                places.append((r, t, SEX[word], kinds))
+
+looked, even = torch.zeros(4, 4, len(KINDS)), torch.zeros(len(KINDS))
+all_weights = [attention_weights(shipped, row[:-1]) for row, _ in looked_at]
+for r, t, _, kinds in places:
+    one_hot = F.one_hot(kinds[:t], len(KINDS)).float()  # (t, kinds)
+    looked += all_weights[r][:, :, t - 1, :t] @ one_hot / len(places)
+    even += one_hot.mean(dim=0) / len(places)
+print(f"{len(places)} pronouns; shares of the tokens before them:")
+print(", ".join(f"{kind} {share:.1%}" for kind, share in zip(KINDS, even.tolist(), strict=True)))
 
 # %% [markdown]
 # The figure shows, for each of the 16 heads, how its attention is spread over the kinds of earlier tokens when the next token is a pronoun. The
@@ -1177,21 +1176,22 @@ print(", ".join(f"{kind} {share:.1%}" for kind, share in zip(kinds, even.tolist(
 figure, axes = plt.subplots(figsize=(7.2, 5.6))
 table = torch.cat([looked.flatten(0, 1), even[None]]).tolist()
 names = [f"layer {i}, head {j}" for i in range(1, 5) for j in range(1, 5)] + ["evenly"]
-heat_map(axes, table, names, kinds, "A few heads look at names far more than chance", numbers=".2f", vmin=0, vmax=1)
+heat_map(axes, table, names, KINDS, "Just before a pronoun, a few heads look at people, most do not", numbers=".2f", vmin=0, vmax=1)
 axes.tick_params(axis="x", rotation=0)
 for label in axes.get_xticklabels():
     label.set_ha("center")
 plt.show()
 
 # %%
-on_names = looked[:, :, 0]
-layer, head = divmod(int(on_names.argmax()), 4)
-ratio = on_names.max().item() / even[0].item()
-print("the head that looks at fitting names most does so at least 3 times as much as chance:", ratio > 3)
-assert ratio > 3
+on_people = looked[:, :, :3].sum(dim=-1)  # names of both kinds, and pronouns
+layer, head = divmod(int(on_people.argmax()), 4)
+ratio = on_people.max().item() / even[:3].sum().item()
+print("the head that looks at people most does so more than 5 times as much as an even spread:", ratio > 5)
+assert ratio > 5
 
 # %% [markdown]
-# One story, token by token. The darker a word, the more weight that head gives it just before it writes the pronoun in the frame.
+# That head in one story, token by token, at the pronoun where it looks most clearly at a name or pronoun that fits. The darker a word, the more weight it gets
+# just before the framed pronoun is written.
 
 # %%
 def draw_attention(axes: plt.Axes, row: list[int], weights: Tensor, t: int, width: int = 88) -> None:
@@ -1206,17 +1206,24 @@ def draw_attention(axes: plt.Axes, row: list[int], weights: Tensor, t: int, widt
         if i == t:
             style = {"facecolor": "none", "edgecolor": RED, "linewidth": 1.5}
         axes.add_patch(plt.Rectangle((x, y - 0.4), len(piece), 0.8, **style))
-        axes.text(x, y, piece, family="monospace", fontsize=8.2, va="center")
+        axes.text(x, y, piece, family="monospace", fontsize=11, va="center")
         x += len(piece)
     axes.set(xlim=(0, width), ylim=(y - 0.7, 0.7))
     axes.set_axis_off()
 
 
-row, t, _ = max(places[:60], key=lambda place: place[1] < 110 and place[1])
-weights = attention_weights(shipped, row[:-1])[layer, head, t - 1, :t]
-figure, axes = plt.subplots(figsize=(8.6, 1.8))
+# %%
+def weight_that_fits(place: tuple[int, int, str, Tensor]) -> float:
+    r, t, _, kinds = place
+    return all_weights[r][layer, head, t - 1, :t][(kinds[:t] == 0) | (kinds[:t] == 2)].sum().item()
+
+
+r, t, _, _ = max((place for place in places if 60 < place[1] < 120), key=weight_that_fits)
+row = looked_at[r][0]
+weights = all_weights[r][layer, head, t - 1, :t]
+figure, axes = plt.subplots(figsize=(8.6, 1.9))
 draw_attention(axes, row, weights, t)
-axes.set_title("The head that looks at names most, just before a pronoun", fontsize=11)
+axes.set_title("What one head reads before it writes a pronoun", fontsize=11)
 plt.show()
 
 # %% [markdown]
@@ -1227,31 +1234,177 @@ plt.show()
 # tokens from all later ones, in all layers, and see whether the model still gives the right sex more probability than the wrong one.
 
 # %%
-by_sex = {
-    sex: [id for word in sorted(PRONOUNS) if SEX[word] == sex for id in encoding.encode_ordinary(" " + word)[:1]]
-    for sex in ("girl", "boy")
-}
+def first_ids(sex: str) -> list[int]:
+    return [encoding.encode_ordinary(" " + word)[0] for word in PRONOUNS if SEX[word] == sex]
 
 
 @torch.no_grad()
-def right_sex(hidden_kinds: Sequence[str]) -> float:
-    """Share of the pronouns for which the right sex is more probable, with tokens of some kinds hidden."""
+def right_sex(hidden_kinds: Sequence[int], control: bool = False) -> float:
+    """Share of the pronouns for which the right sex is more probable, with the tokens of some kinds hidden.
+
+    With `control`, as many other words are hidden in their place, drawn at random.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = [looked_at[r][0] for r, *_ in places]
+    inputs, _ = pad_rows(rows)
+    seen = torch.ones_like(inputs, dtype=torch.bool)
+    for i, (_, _, _, kinds) in enumerate(places):
+        hide = torch.isin(kinds, torch.tensor(hidden_kinds, dtype=torch.int64))
+        if control:
+            others = (kinds == 3).nonzero()[1:, 0]  # all but the end token
+            drawn = others[torch.randperm(len(others), generator=generator)[: int(hide.sum())]]
+            hide = torch.zeros_like(hide).index_fill(0, drawn, True)
+        seen[i, : len(kinds)] = ~hide
     right = 0
-    for row, t, groups in places:
-        seen = torch.ones(1, t, dtype=torch.bool)
-        for kind in hidden_kinds:
-            seen[0, groups[kind]] = False
-        p = shipped(torch.tensor([row[:t]]), key_padding_mask=seen, last_only=True)[0, -1].softmax(dim=-1)
-        sex = SEX[words_of(row)[t]]
-        right += p[by_sex[sex]].sum() > p[by_sex["boy" if sex == "girl" else "girl"]].sum()
-    return int(right) / len(places)
+    for start in range(0, len(places), 64):  # some places at a time, to save memory
+        chosen = slice(start, start + 64)
+        hidden = shipped.hidden_states(inputs[chosen], key_padding_mask=seen[chosen])
+        for i, (_, t, sex, _) in enumerate(places[chosen]):
+            p = shipped.output_head(hidden[i, t - 1]).softmax(dim=-1)
+            girl, boy = p[first_ids("girl")].sum(), p[first_ids("boy")].sum()
+            right += int((girl > boy) == (sex == "girl"))
+    return right / len(places)
 
 
-results = {
-    "nothing hidden": right_sex([]),
-    "fitting names hidden": right_sex(["names that fit"]),
-    "fitting pronouns hidden": right_sex(["pronouns that fit"]),
-    "both hidden": right_sex(["names that fit", "pronouns that fit"]),
+# %%
+hidings = {
+    "nothing": ((), False),
+    "names that fit": ((0,), False),
+    "other names": ((1,), False),
+    "pronouns that fit": ((2,), False),
+    "all three": ((0, 1, 2), False),
+    "as many other words": ((0, 1, 2), True),
 }
-for name, share in results.items():
-    print(f"{name:24} {share:.2f}")
+found = {name: right_sex(*hiding) for name, hiding in hidings.items()}
+for name, share in found.items():
+    print(f"hidden: {name:20} right sex in {share:.2f} of the places")
+assert min(found["nothing"], found["as many other words"]) > 0.9 > 0.65 > found["all three"]
+
+# %% [markdown]
+# With nothing hidden the model is practically always right. Hide one kind, and it mostly finds the answer elsewhere: a pronoun repeats what the name said, and
+# where two people differ in sex, the name of one tells about the other. Only without all three it is down to guessing, while as many other words, hidden at
+# random, hardly matter. So what is read from names and pronouns does decide, but no single kind of them, whatever weight it gets. The heat
+# map alone would not have told us. Jain and Wallace (2019) discuss this at length.
+#
+# ## With a network
+#
+# *The Verdict* by Edith Wharton, the text that Raschka's book trains on, with the book's settings: GPT-2's smallest shape with a context of 256 tokens, an untied head
+# and no query-key-value biases, batches of 2, 10 epochs, AdamW with a rate of 0.0004, no schedule, no clipping. Expect a training loss of about 0.5 and
+# a validation loss of about 6.2 to 6.4: on 20 KB of text, the first run again, only larger. 90 steps of a model of 163 million parameters take long on a CPU, so it
+# runs only if the environment variable `LLM_VERDICT` is `full`; with `short` a small model takes the same way for two epochs.
+
+# %% tags=["nbval-ignore-output"]
+LLM_VERDICT = os.environ.get("LLM_VERDICT", "")
+gpt2 = or_none(gpt2_encoding, "GPT-2's tokenizer", "our own stories, above")
+verdict = fetch_or_none("the-verdict.txt", instead="our own stories, above") if gpt2 else None
+if verdict:
+    text = verdict.read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    parts = [gpt2.encode_ordinary(part) for part in (text[:cut], text[cut:])]
+    print(f"The Verdict: {len(parts[0]):,} tokens to train on, {len(parts[1]):,} to validate")
+    if LLM_VERDICT not in ("full", "short"):
+        print("Training skipped: start Jupyter with LLM_VERDICT=full (or short) to run it.")
+
+# %%
+def train_on_verdict(full: bool) -> list[Record]:
+    shape = {} if full else {"emb_dim": 64, "n_heads": 4, "n_layers": 2}
+    torch.manual_seed(123)
+    config = GPTConfig.preset("gpt2-small", context_length=256, qkv_bias=False, tie_weights=False, **shape)
+    model = GPTModel(config).to(choose_device())
+    loader = create_dataloader(parts[0], 2, 256, seed=123)
+    held_out = list(create_dataloader(parts[1], 2, 256, shuffle=False, drop_last=False))
+
+    def watch(step: int) -> float:
+        ids = gpt2.encode_ordinary("Every effort moves you")
+        print(f"step {step:3}: {gpt2.decode(ids + generate(model, [ids], 30)[0])!r}")
+        return evaluate(model, held_out).loss
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+    n_steps = (10 if full else 2) * len(loader)
+    options = {"evaluate_every": 2 * len(loader), "on_evaluate": watch, "max_grad_norm": None}
+    return train(model, loader, optimizer, n_steps=n_steps, **options)
+
+# %% tags=["nbval-ignore-output"]
+if verdict and LLM_VERDICT in ("full", "short"):
+    for line in train_on_verdict(LLM_VERDICT == "full"):
+        if line.validation_loss is not None and line.step:
+            print(f"step {line.step:3}: training {line.loss:.3f}, validation {line.validation_loss:.3f}")
+else:
+    print("No training on The Verdict in this run.")
+
+# %% [markdown]
+# ## What you built
+#
+# [`shared/training.py`](../shared/training.py): the loss and its units, rows and batches of documents, evaluation, and one loop with its log, proven against a plain loop
+# around transformers' GPT-2. AdamW is yours too, equal to torch's in every step. You have seen the loop learn by heart and learn a grammar, and you
+# can tell the two apart by the validation loss.
+#
+# Next: how to choose tokens well when writing (notebook 02), and everything that makes training larger, faster and steadier (notebook 03).
+#
+# ## What can go wrong
+#
+# - **Targets not moved by one place.** The loss falls to almost nothing within a few hundred steps, and the model writes the same token for ever.
+# - **A mean of means.** Averaging the losses of batches with different numbers of targets weighs short batches too much. `evaluate` and `train` divide by the
+#   number of targets once.
+# - **`zero_grad` forgotten.** Gradients add up over the steps; the loss falls at first and then goes wild.
+# - **Validation text that is also in training.** Its loss falls with the training loss, and nothing warns you. Split by documents, and look for duplicates.
+# - **Losses of different tokenizers side by side.** Convert them to bits per byte.
+# - **A loss that is NaN.** `train` stops in that step. A lower rate, warm-up or clipping helps most often; notebook 05 is about finding the cause.
+# - **The wrong floor.** A loss on windows that begin in the middle of a story cannot be compared with the entropy: the model has not seen the beginning.
+#
+# ## Exercises
+#
+# **1.** One model reports a perplexity of 20 with 4.2 bytes per token, another a perplexity of 9 with 2.9 bytes per token. Which one is better?
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+for perplexity_given, bytes_per_token in ((20, 4.2), (9, 2.9)):
+    bits = math.log2(perplexity_given) / bytes_per_token
+    print(f"perplexity {perplexity_given:2}: {bits:.3f} bits per byte")
+print("the first, though its perplexity is twice as high")
+
+# %% [markdown]
+# **2.** Adam with an L2 penalty adds $\lambda \theta$ to the gradient; AdamW shrinks $\theta$ beside the step. Give both two parameters of value 1, one with gradients
+# that alternate between 1 and -1, one with 0.01 and -0.01. How much is left of each after 300 steps?
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+for kind in (torch.optim.Adam, torch.optim.AdamW):
+    theta = nn.Parameter(torch.ones(2))
+    optimizer = kind([theta], lr=0.01, weight_decay=0.1)
+    for step in range(300):
+        theta.grad = torch.tensor([1.0, 0.01]) * (-1) ** step
+        optimizer.step()
+    print(f"{kind.__name__:6}: {theta[0].item():.2f} and {theta[1].item():.2f}")
+print("the penalty in Adam is divided by the size of the gradients, the decay of AdamW is not")
+
+# %% [markdown]
+# **3.** How far can counting go? Extend the counts to longer contexts, trained on the first 2,000 stories.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+longer = CountModel(training_rows[:2000], order=7, vocab_size=2048)
+by_order = [np.mean([longer.nats(row, n) for row in validation_rows[:20]]) for n in range(1, 8)]
+print("order 1 to 7:", [round(float(nats), 1) for nats in by_order], "nats per story")
+assert int(np.argmin(by_order)) + 1 in (3, 4, 5)
+print("longer contexts soon become so rare that counting fails; the names that matter stand much further back")
+
+# %% [markdown]
+# **4.** Most tokens of a tale are easy. Which share of the loss of `tales-1m` falls on the hardest fifth of the tokens?
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+inputs, targets = pad_rows(validation_rows)
+with torch.no_grad():
+    losses = next_token_loss(shipped(inputs), targets, reduction="none")[targets != IGNORE]
+hardest = losses.sort(descending=True).values[: len(losses) // 5].sum() / losses.sum()
+assert hardest > 0.7
+print("more than 70 % of it: where the grammar chooses a name, a thing, a plot; the rest follows almost surely")
+
+# %% [markdown]
+# ## References
+#
+# - Shannon, C. E. (1948). *A Mathematical Theory of Communication*. Bell System Technical Journal.
+# - Pascanu, R., Mikolov, T., Bengio, Y. (2013). *On the difficulty of training recurrent neural networks*. ICML.
+# - Kingma, D. P., Ba, J. (2015). *Adam: A Method for Stochastic Optimization*. ICLR.
+# - Loshchilov, I., Hutter, F. (2019). *Decoupled Weight Decay Regularization*. ICLR.
+# - Radford, A., et al. (2019). *Language Models are Unsupervised Multitask Learners*. OpenAI.
+# - Jain, S., Wallace, B. C. (2019). *Attention is not Explanation*. NAACL.
+# - Carlini, N., et al. (2023). *Quantifying Memorization Across Neural Language Models*. ICLR.
+# - Raschka, S. (2024). *Build a Large Language Model (From Scratch)*. Manning.
