@@ -1,10 +1,10 @@
 """A step of decoding without the cost of calling modules: the same arithmetic, everything looked up once.
 
-A small model spends more time between its operations than in them: each call of a module takes one or two
-microseconds, and so does each check of a shape. While text is being written, the modules and the shapes
-stay the same from token to token. So a function is put together once and called for each token. It is
-built from the model's own parts: a part that it does not know (an adapter, a mixture of experts, a module
-with hooks) is called as the module it is, and a model that it does not know is run as always.
+A small model spends more time between its operations than in them: each call of a module costs time, and
+so does each check of a shape. While text is being written, the modules and the shapes stay the same from
+token to token. So a function is put together once and called for each token. It is built from the model's
+own parts: a part that it does not know (an adapter, a mixture of experts, a module with hooks) is called
+as the module it is, and a model that it does not know is run as always.
 
 Left out: windows, post-norm blocks and interleaved rotary positions, which are run as always.
 
