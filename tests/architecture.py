@@ -23,11 +23,23 @@ CHAPTERS = (
 
 FLOORS = (
     ("corpus", "tales", "tale_grammar", "tale_scoring", "dates", "download", "proof", "results"),
-    ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset"),
+    ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset", "rows", "text_shards"),
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
     ("sampling", "decode_step", "generation", "speculation"),
-    ("training", "checkpoint", "weights"),
+    (
+        "optimizers",
+        "schedules",
+        "planning",
+        "training",
+        "checkpoint",
+        "weights",
+        "export",
+        "diagnosis",
+        "processes",
+        "run_log",
+        "run_options",
+    ),
     (
         "classification",
         "instruction",
@@ -55,6 +67,11 @@ HAND_WRITTEN = (
     "download",
     "proof",
     "results",
+    "rows",
+    "text_shards",
+    "processes",
+    "run_log",
+    "run_options",
     "serving",
     "plotting",
 )

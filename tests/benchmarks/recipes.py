@@ -1,0 +1,137 @@
+"""Our recipe for `tales-1m` against a plain GPT-2 recipe: the same tales for the same time, then the validation loss.
+
+    python tests/benchmarks/recipes.py --minutes 5 --seeds 0 1 2
+    python tests/benchmarks/recipes.py --minutes 5 --recipe gpt2-plain --set learning_rate=0.002
+    python tests/benchmarks/recipes.py --minutes 5 --recipe tales-1m --set mimetic=false
+
+A recipe is a file of `ch05_pretraining/recipes`. First the recipes take turns at a few steps, and the median time of a
+step gives each as many steps as fit into `--minutes`; schedules are stretched to that number. Then they are trained,
+each from the first story of the same generator, in the same order, and judged on the same validation stories.
+`--clock cpu` counts processor time in place of time on the wall: for one thread, where other programs are running.
+The first recipe is compared with each other one: by how much smaller its distance to the entropy floor is. `--out`
+also writes a CSV file.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import tempfile
+import time
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ch05_pretraining import pretrain
+from shared.processes import Processes, hardware
+from shared.run_options import Options, read_options
+
+RECIPES = Path(pretrain.__file__).resolve().parent / "recipes"
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+COLUMNS = [
+    "recipe",
+    "changes",
+    "seed",
+    "parameters",
+    "steps",
+    "seconds",
+    "bits_per_byte",
+    "loss_per_document",
+]
+COLUMNS += ["floor_per_document", "percent_above_floor", "hardware"]
+
+
+def options_of(recipe: str, changes: list[str], seed: int, folder: Path, threads: int) -> Options:
+    """Return the options of a recipe with some changed, as NAME=VALUE in TOML."""
+    given = ["--recipe", str(RECIPES / f"{recipe}.toml"), "--out", str(folder / recipe), "--no-tensorboard"]
+    options = read_options(pretrain.__doc__, [*given, "--shards", str(folder / "shards"), "--device", "cpu"])
+    changed = {name: value for change in changes for name, value in tomllib.loads(change).items()}
+    return replace(options, **changed, seed=seed, threads=threads)
+
+
+def median_step(
+    options: dict[str, Options], processes: Processes, clock: str, n_rounds: int
+) -> dict[str, float]:
+    """Return the median time of a training step of each recipe, measured in turns."""
+    runs = {name: pretrain.Run(each, processes) for name, each in options.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(n_rounds):
+        for name, run in runs.items():
+            start = CLOCKS[clock]()
+            run.train_step()
+            times[name].append(CLOCKS[clock]() - start)
+    return {name: statistics.median(each[3:]) for name, each in times.items()}
+
+
+def train(options: Options, processes: Processes, clock: str) -> dict[str, object]:
+    """Train one recipe to its last step and return its row of the record."""
+    run = pretrain.Run(options, processes)
+    start = CLOCKS[clock]()
+    for _ in range(options.steps):
+        run.train_step()
+    seconds = CLOCKS[clock]() - start
+    run.look()
+    found = run.evaluate()
+    measured = {name: f"{found[name]:.4f}" for name in COLUMNS if name in found}
+    return {
+        **{"parameters": run.model.n_parameters, "steps": options.steps, "seconds": f"{seconds:.0f}"},
+        **measured,
+        **{"floor_per_document": f"{run.floor:.4f}", "hardware": hardware(processes)},
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Write the record atomically; earlier rows of other recipes, changes or seeds stay."""
+    kept = []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            kept = list(csv.DictReader(file))
+    key = lambda row: (row["recipe"], row["changes"], str(row["seed"]))
+    new = {key(row) for row in rows}
+    temporary = path.with_suffix(".part")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*(row for row in kept if key(row) not in new), *rows])
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", nargs="+", default=["tales-1m", "gpt2-plain"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes to every recipe")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time of each run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--out", type=Path, help="CSV file for the results")
+    given = parser.parse_args()
+    processes, rows = Processes("cpu", given.threads), []
+    with tempfile.TemporaryDirectory() as folder:
+        make = lambda recipe, seed: options_of(recipe, given.set, seed, Path(folder), given.threads)
+        seconds = median_step({name: make(name, 0) for name in given.recipe}, processes, given.clock, 23)
+        for seed in given.seeds:
+            for recipe in given.recipe:
+                steps = max(2, round(60 * given.minutes / seconds[recipe]))
+                found = train(replace(make(recipe, seed), steps=steps), processes, given.clock)
+                rows.append({"recipe": recipe, "changes": " ".join(given.set), "seed": seed, **found})
+                print(", ".join(f"{name} {rows[-1][name]}" for name in COLUMNS[:-1]), flush=True)
+    for seed in given.seeds:
+        first, *others = (row for row in rows if row["seed"] == seed)
+        for other in others:
+            distances = [float(row["percent_above_floor"]) for row in (first, other)]
+            print(
+                f"seed {seed}: distance to the floor {distances[0]:.1f} % against {distances[1]:.1f} %, "
+                f"{100 * (1 - distances[0] / distances[1]):.0f} % smaller than {other['recipe']}"
+            )
+    if given.out:
+        write_rows(given.out, rows)
+
+
+if __name__ == "__main__":
+    main()
