@@ -31,6 +31,7 @@ CHECKED_RUN = {
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
 }
 
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 # A failing cell reports itself; the kernel's own log (advice to encrypt loopback sockets, complaints about being
 # shut down) would only stand between the results.
@@ -80,7 +81,10 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def _normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what differs between runs and says nothing: Python's version, widgets, how printed text was buffered."""
+    """Drop what differs between runs and says nothing: Python's version, widgets, how printed text was buffered.
+
+    A widget without its kernel shows as an error; its text takes its place.
+    """
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -92,6 +96,8 @@ def _normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
             cell.outputs = _joined(cell.outputs)
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET_VIEW, None)
     return notebook
 
 

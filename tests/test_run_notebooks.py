@@ -61,6 +61,16 @@ def test_text_printed_in_pieces_is_stored_in_one(tmp_path):
     assert [output.text for output in execute(path).cells[0].outputs] == ["0\n1\n2\n"]
 
 
+def test_a_widget_is_stored_as_its_text(tmp_path):
+    show = "display({**slider._repr_mimebundle_(), 'text/plain': 'a slider'}, raw=True)"
+    path = write_notebook(
+        tmp_path / "01_a.ipynb", f"import ipywidgets\nslider = ipywidgets.IntSlider()\n{show}"
+    )
+    notebook = execute(path)
+    assert notebook.cells[0].outputs[0].data == {"text/plain": "a slider"}
+    assert "widgets" not in notebook.metadata
+
+
 def test_unknown_notebook_is_a_usage_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nothing.ipynb")])
