@@ -38,6 +38,7 @@ from shared.checkpoint import (
     save_checkpoint,
 )
 from shared.gpt import GPTConfig, GPTModel
+from shared.layers import balance_loss
 from shared.optimizers import build_optimizers, set_learning_rates
 from shared.processes import Processes, hardware, like, share_gradients, whole
 from shared.rows import DocumentRows, WindowRows, repeated_targets
@@ -200,6 +201,9 @@ class Run:
                 if self.rare is not None and options.repeat_from <= self.step < options.repeat_until:
                     repeated = repeated_targets(inputs, targets, self.rare)
                     part_loss = part_loss + options.repeat_weight * losses[repeated].sum()
+                if self.config.feed_forward == "moe" and options.balance_weight:
+                    n_parts = processes.world * options.accumulation
+                    part_loss = part_loss + options.balance_weight / n_parts * balance_loss(self.model)
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 (part_loss * processes.world).backward()
         return loss, n_targets

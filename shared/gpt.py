@@ -3,8 +3,7 @@
 The model maps token ids to the logits of the next token and knows nothing of text, training or sampling.
 
 Left out: the loss, gradient checkpointing, splitting over devices, windows that differ from block to
-block, embeddings or logits that are scaled or capped (Gemma). Weights of other programs are loaded by
-shared.weights.
+block, embeddings or logits that are scaled or capped (Gemma). Weights of other programs: shared.weights.
 
 Follows Radford et al. (2019, "Language Models are Unsupervised Multitask Learners") and the weights
 released with it.
@@ -41,6 +40,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "gpt2-large": {"emb_dim": 1280, "n_heads": 20, "n_layers": 36},
     "gpt2-xl": {"emb_dim": 1600, "n_heads": 25, "n_layers": 48},
     "bytes-tiny": {"vocab_size": 256, "context_length": 64, "emb_dim": 64, "n_heads": 4, "n_layers": 2},
+    "tales-tiny": {**_TALES, "emb_dim": 64, "n_heads": 4, "n_layers": 2},
     "tales-1m": {**_TALES, "emb_dim": 128, "n_heads": 4, "n_layers": 4},
     "tales-3m": {**_TALES, "emb_dim": 192, "n_heads": 6, "n_layers": 6},
 }

@@ -69,6 +69,7 @@ class Options:
     repeat_share: float = option(0.004, "a token is rare if at most this share of the training tokens is the same")
     repeat_from: int = option(0, "first step with the extra weight, counted from 0")
     repeat_until: int = option(0, "first step without it again")
+    balance_weight: float = option(0.01, "mixtures of experts: factor of the loss that keeps all experts busy")
     max_grad_norm: float = option(1.0, "longer gradients are shortened to it; 0: never")
     precision: str = option("float32", "of the matrix products", choices=("float32", "bf16"))
     compile: bool = option(False, "torch.compile: needs a C++ compiler, pays off in long runs")
@@ -127,6 +128,7 @@ class Options:
             "max_rollbacks",
             "threads",
             "repeat_weight",
+            "balance_weight",
         )
         for name in (*at_least_1, *not_negative):
             smallest = int(name in at_least_1)

@@ -440,6 +440,7 @@ def test_dropout_acts_in_training_only():
         ("gpt2-medium", {}, 354_823_168),
         ("gpt2-large", {}, 774_030_080),
         ("gpt2-xl", {}, 1_557_611_200),
+        ("tales-tiny", {}, 231_744),
         ("tales-1m", {}, 1_053_824),
         ("tales-3m", {}, 3_049_920),
         ("bytes-tiny", {}, 120_576),
@@ -535,6 +536,35 @@ def test_a_configuration_refuses_values(options, message):
 def test_a_configuration_refuses_types_and_unknown_fields(options, message):
     with pytest.raises(TypeError, match=message):
         GPTConfig(**{**SMALL, **options})
+
+
+# A value that no GPTConfig may have, for every field that is not True or False.
+WRONG = {
+    **dict.fromkeys(
+        ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "feed_forward_dim"), 0
+    ),
+    **dict.fromkeys(("n_experts", "n_active_experts", "rope_original_length", "n_kv_heads", "head_dim"), 0),
+    **{
+        "window": -1,
+        "dropout": -0.1,
+        "norm": "",
+        "norm_eps": 1.0,
+        "feed_forward": "glu",
+        "positions": "rope",
+    },
+    **{"rope_base": math.inf, "rope_scaling": "dynamic", "rope_factor": math.nan, "init_std": 0.0},
+}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(GPTConfig), ids=lambda field: field.name)
+def test_each_field_of_a_configuration_has_its_errors(field):
+    with pytest.raises(TypeError, match=f"^{field.name} must be "):
+        GPTConfig(**{**SMALL, field.name: [1]})
+    if field.type is bool:
+        assert field.name not in WRONG
+    else:
+        with pytest.raises(ValueError, match=f"^{field.name} must be "):
+            GPTConfig(**{**SMALL, field.name: WRONG[field.name]})
 
 
 def test_a_configuration_is_frozen_hashable_and_survives_json():

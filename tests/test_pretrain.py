@@ -288,6 +288,18 @@ def test_parts_of_a_batch_add_up_to_the_whole(folder):
     assert losses["1"] == pytest.approx(losses["4"], abs=1e-5) and losses["1"] != losses["4"]
 
 
+def test_experts_are_kept_busy_by_the_balance_loss(folder):
+    loads = {}
+    experts = ["feed_forward=moe", "n_experts=4", "n_active_experts=1"]
+    for weight in ("0", "1"):
+        out = folder / f"experts-{weight}"
+        options = ["--steps", "30", "--optimizer", "adamw", "--balance-weight", weight]
+        run = new_run(*arguments(out, "--model", *SMALL[8:12], *experts), *options)
+        run.advance()
+        loads[weight] = max(block.feed_forward.load.max().item() for block in run.model.blocks)
+    assert 0.25 <= loads["1"] < loads["0"] - 0.05
+
+
 def test_bf16_is_close_to_float32_and_another_optimizer_and_schedule_work(folder):
     options = ["--steps", "5", "--optimizer", "adamw", "--schedule", "cosine", "--warmup-steps", "0"]
     losses = {}
