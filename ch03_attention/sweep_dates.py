@@ -12,10 +12,7 @@ differ.
 """
 
 import argparse
-import csv
 import math
-import os
-import platform
 import random
 import time
 from collections.abc import Callable
@@ -29,6 +26,7 @@ from tqdm import tqdm
 
 from shared.dates import END_ID, PAD_ID, START_ID, VOCABULARY_SIZE, DateGenerator, ids_to_text, split_days
 from shared.seq2seq import EncoderDecoder, SequenceModel, greedy_decode
+from shared.sweeps import processor, replace_rows
 from shared.transformer import BlockConfig, Transformer
 
 RESULTS = Path(__file__).resolve().parent / "sweep_dates.csv"
@@ -244,16 +242,6 @@ def learning_curve(model: str, seed: int) -> Curve:
     return Curve(trained, rows)
 
 
-def processor() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def save(row: dict[str, object], path: Path = RESULTS) -> None:
     """Write a row to the record atomically; it replaces the row of the same model, recipe and seed."""
     key = lambda entry: (str(entry["recipe"]), str(entry["model"]), int(entry["seed"]))
@@ -264,24 +252,6 @@ def save_curve(curve: Curve, path: Path = CURVES) -> None:
     """Write the rows of a curve to the record atomically; they replace those of the same model and seed."""
     key = lambda entry: (str(entry["model"]), int(entry["seed"]))
     replace_rows(path, CURVE_COLUMNS, curve.rows, key)
-
-
-def replace_rows(
-    path: Path, columns: list[str], new: list[dict[str, object]], key: Callable[[dict[str, object]], tuple]
-) -> None:
-    """Write rows to a CSV file atomically; old ones with the key of a new one go, the rest stays, sorted by key."""
-    rows = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    replaced = {key(row) for row in new}
-    rows = sorted([*(old for old in rows if key(old) not in replaced), *new], key=key)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def main() -> None:

@@ -14,11 +14,9 @@ run replaces the rows of the same recipe, variant and seed. One thread; on anoth
 import argparse
 import copy
 import csv
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from torch.nn import functional as F
 
 from shared.gpt import GPTConfig, GPTModel
 from shared.layers import MixtureOfExperts, balance_loss
+from shared.sweeps import processor, replace_rows
 from shared.tale_tokenizer import tale_encoding
 from shared.tales import Story, TaleGenerator
 
@@ -277,28 +276,7 @@ def measure(rounds: int = 9, steps: int = 20) -> list[dict[str, object]]:
 
 def machine() -> dict[str, str]:
     """Return the processor's name and torch's version."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":")[1].strip() if lines else name
-    return {"hardware": f"{name}, 1 thread", "torch": torch.__version__.split("+")[0]}
-
-
-def replace_rows(path: Path, columns: list[str], new: list[dict[str, object]], key: Callable) -> None:
-    """Write rows to a CSV file atomically; old ones with the key of a new one go, the rest stays, sorted by key."""
-    kept = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            kept = list(csv.DictReader(file))
-    replaced = {key(row) for row in new}
-    merged = sorted([*(row for row in kept if key(row) not in replaced), *new], key=key)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged)
-    os.replace(temporary, path)
+    return {"hardware": f"{processor()}, 1 thread", "torch": torch.__version__.split("+")[0]}
 
 
 def main() -> None:

@@ -14,10 +14,11 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import numpy as np
 import torch
-from sweep_optimizers import RESULTS, collate, processor, save, story_loss, story_rows
+from sweep_optimizers import RESULTS, collate, save, story_loss, story_rows
 
 from shared.gpt import GPTConfig, GPTModel
 from shared.optimizers import build_optimizers
+from shared.sweeps import processor
 
 OUTPUT = RESULTS.with_name("compile_speed.csv")
 SIZES = {"2 blocks of 64": (2, 64, 4), "4 blocks of 128": (4, 128, 4)}

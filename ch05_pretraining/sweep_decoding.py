@@ -10,11 +10,8 @@ One thread is used; on another processor single stories can differ.
 """
 
 import argparse
-import csv
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +34,7 @@ from shared.sampling import (
     Typical,
     process,
 )
+from shared.sweeps import processor, replace_rows
 from shared.tale_scoring import score
 from shared.tale_tokenizer import tale_encoding
 from shared.tales import TaleGenerator
@@ -222,30 +220,10 @@ def measure(name: str, model: GPTModel) -> dict[str, object]:
     }
 
 
-def processor() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def save(row: dict[str, object], path: Path = RESULTS) -> None:
     """Write a row to the record atomically; it replaces the row of the same setting, in the order of `SETTINGS`."""
-    rows = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [old for old in csv.DictReader(file) if old["setting"] in SETTINGS]
-    rows = [old for old in rows if old["setting"] != row["setting"]] + [row]
-    rows.sort(key=lambda entry: list(SETTINGS).index(entry["setting"]))
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    order = list(SETTINGS)
+    replace_rows(path, COLUMNS, [row], lambda entry: order.index(entry["setting"]))
 
 
 def main() -> None:

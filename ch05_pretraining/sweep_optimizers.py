@@ -15,8 +15,6 @@ differ.
 
 import argparse
 import csv
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from tqdm import tqdm
 from shared.gpt import GPTConfig, GPTModel
 from shared.optimizers import build_optimizers, set_learning_rates
 from shared.schedules import build_schedule
+from shared.sweeps import processor, replace_rows
 from shared.tale_tokenizer import tale_encoding
 from shared.tales import TaleGenerator
 
@@ -227,16 +226,6 @@ def best_rates() -> dict[str, float]:
     return {name: rate for name, (_, rate) in found.items()}
 
 
-def processor() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def read(path: Path) -> list[dict[str, str]]:
     """Return the rows of a record, none if there is no file."""
     if not path.exists():
@@ -248,13 +237,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def save(row: dict[str, object], path: Path, columns: list[str], key: tuple[str, ...]) -> None:
     """Write a row to a record atomically; it replaces the row with the same values of `key`."""
     identity = lambda entry: tuple(str(entry[name]) for name in key)
-    rows = [old for old in read(path) if identity(old) != identity(row)] + [row]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=identity))
-    os.replace(temporary, path)
+    replace_rows(path, columns, [row], identity)
 
 
 def main() -> None:

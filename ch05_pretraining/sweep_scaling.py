@@ -13,9 +13,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from sweep_optimizers import Outcome, optimizers_of, processor, save, train
+from sweep_optimizers import Outcome, optimizers_of, save, train
 
 from shared.gpt import GPTConfig
+from shared.sweeps import processor
 
 RESULTS = Path(__file__).resolve().parent / "sweep_scaling.csv"
 BATCH = 8  # stories

@@ -9,9 +9,6 @@ record, and repeats a part of it. One thread is used; on another processor the l
 """
 
 import argparse
-import csv
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +25,7 @@ from shared.generation import generate
 from shared.gpt import GPTConfig, GPTModel
 from shared.optimizers import build_optimizers
 from shared.schedules import linear
+from shared.sweeps import processor, replace_rows
 from shared.tale_scoring import score
 from shared.tale_tokenizer import tale_encoding
 from shared.tales import Story, TaleGenerator, plans
@@ -240,34 +238,10 @@ def _facts(
     }
 
 
-def processor() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def save(path: Path, new: list[dict[str, object]], order: Sequence[str]) -> None:
     """Write rows to the record atomically; they replace those of the same variant and seed."""
-    old = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            old = list(csv.DictReader(file))
-    key = lambda row: (row["variant"], str(row["seed"]))
-    replaced = {key(row) for row in new}
-    rows = [*(row for row in old if key(row) not in replaced), *new]
-    rows.sort(
-        key=lambda row: (order.index(row["variant"]), int(row["seed"]))
-    )  # stable: the steps keep their order
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(new[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    key = lambda row: (order.index(row["variant"]), int(row["seed"]))
+    replace_rows(path, list(new[0]), new, key)
 
 
 PARTS = {

@@ -5,10 +5,8 @@ Left out: several machines with folders of their own (all processes must see the
 
 import datetime
 import os
-import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from shared.sweeps import processor
 
 T = TypeVar("T")
 
@@ -122,12 +122,7 @@ def like(value: T, model: Tensor | None) -> T:
 
 def hardware(processes: Processes) -> str:
     """Name processor, processes, threads and torch's version."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if processes.device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
+    name = torch.cuda.get_device_name() if processes.device.type == "cuda" else processor()
     return (
         f"{name}, processes {processes.world}, threads {torch.get_num_threads()}, torch {torch.__version__}"
     )

@@ -22,7 +22,7 @@ CHAPTERS = (
 )
 
 FLOORS = (
-    ("corpus", "tales", "tale_grammar", "tale_scoring", "dates", "download", "proof", "results"),
+    ("corpus", "tales", "tale_grammar", "tale_scoring", "dates", "download", "proof", "results", "sweeps"),
     ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset", "rows", "text_shards"),
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
@@ -67,6 +67,7 @@ HAND_WRITTEN = (
     "download",
     "proof",
     "results",
+    "sweeps",
     "rows",
     "text_shards",
     "processes",

@@ -11,7 +11,6 @@ them: the highest running sum is the peak, weights and input not counted.
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from shared.attention import MultiHeadAttention, causal_mask
+from shared.sweeps import processor
 
 OURS, TORCH = "ours", "torch.nn.MultiheadAttention"
 
@@ -116,15 +116,6 @@ def measure_memory(options: argparse.Namespace, lengths: list[int]) -> pd.DataFr
         x = torch.randn(1, length, options.emb_dim)
         rows[length] = {name: round(peak_bytes(layer, x) / 2**20, 1) for name, layer in layers.items()}
     return pd.DataFrame(rows).rename_axis(columns="tokens")
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ also writes a CSV file.
 """
 
 import argparse
-import csv
-import os
 import statistics
 import sys
 import tempfile
@@ -27,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ch05_pretraining import pretrain
 from shared.processes import Processes, hardware
 from shared.run_options import Options, read_options
+from shared.sweeps import replace_rows
 
 RECIPES = Path(pretrain.__file__).resolve().parent / "recipes"
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -82,22 +81,6 @@ def train(options: Options, processes: Processes, clock: str) -> dict[str, objec
     }
 
 
-def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write the record atomically; earlier rows of other recipes, changes or seeds stay."""
-    kept = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            kept = list(csv.DictReader(file))
-    key = lambda row: (row["recipe"], row["changes"], str(row["seed"]))
-    new = {key(row) for row in rows}
-    temporary = path.with_suffix(".part")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*(row for row in kept if key(row) not in new), *rows])
-    os.replace(temporary, path)
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -130,7 +113,7 @@ def main() -> None:
                 f"{100 * (1 - distances[0] / distances[1]):.0f} % smaller than {other['recipe']}"
             )
     if given.out:
-        write_rows(given.out, rows)
+        replace_rows(given.out, COLUMNS, rows, lambda row: (row["recipe"], row["changes"], int(row["seed"])))
 
 
 if __name__ == "__main__":

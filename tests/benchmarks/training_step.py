@@ -12,7 +12,6 @@ and the share of the matrix products, which both models have in common: no imple
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from shared.gpt import GPTConfig, GPTModel
+from shared.sweeps import processor
 
 
 def copy_weights(ours: GPTModel, theirs: GPT2LMHeadModel) -> None:
@@ -91,13 +91,7 @@ def synchronise(device: torch.device) -> None:
 
 def hardware(device: torch.device) -> str:
     """Name processor, threads and versions."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif info.exists():
-        lines = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = lines[0] if lines else name
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads{load}; "
