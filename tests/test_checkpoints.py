@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers import logging as transformers_logging
 from shared.export import export_to_hugging_face
 from shared.gpt import GPTModel
 from shared.tale_tokenizer import tale_encoding
-from shared.tales import TaleGenerator
+from shared.tales import TaleGenerator, derivations
 from shared.training import document_row, loss_per_document
 from shared.weights import CHECKPOINTS, load_pretrained, shipped_checkpoints
+from tests.benchmarks.sampled_stories import sample_stories
 
 NAMES = shipped_checkpoints()
 
@@ -43,6 +45,15 @@ def test_recorded_loss(checkpoint):
     assert floor == pytest.approx(results["floor_per_document"], abs=1e-6)
     assert loss == pytest.approx(results["loss_per_document"], abs=2e-3)
     assert loss > floor  # below it, the stories or the loss would be wrong
+
+
+def test_recorded_share_of_whole_stories(checkpoint):
+    name, model = checkpoint
+    results = json.loads((CHECKPOINTS / name / "config.json").read_text(encoding="utf-8"))["results"]
+    n, share = 100, results["whole_stories"] / results["sampled_stories"]
+    found = sum(bool(derivations(text.strip())) for text in sample_stories(model, n, seed=777))
+    spread = math.sqrt(n * share * (1 - share) * (1 + n / results["sampled_stories"]))
+    assert abs(found - n * share) <= 4 * spread + 1
 
 
 @torch.no_grad()

@@ -5,10 +5,13 @@
 Each story is drawn from its end token to the next one. It counts if `shared.tales.derivations` finds a plan that has
 all of it, every sentence and every agreement; the others are listed by what `shared.tale_scoring.score` finds wrong.
 The share at temperature 1 says how much probability the model keeps for stories of the grammar. `--temperature 0.7`
-shows how much of the rest is rare words that are cut off.
+shows how much of the rest is rare words that are cut off. `--record` writes the count into the config.json of a shipped
+checkpoint, where `tests/test_checkpoints.py` reads it.
 """
 
 import argparse
+import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,7 +21,7 @@ from shared.generation import generate
 from shared.gpt import GPTModel
 from shared.tale_scoring import Score, score
 from shared.tale_tokenizer import tale_encoding
-from shared.weights import load_pretrained
+from shared.weights import CHECKPOINTS, load_pretrained
 
 ROWS = 100  # stories generated together
 
@@ -42,6 +45,16 @@ def what_is_wrong(found: Score) -> str:
     return " and ".join(kind for kind, grade in grades.items() if grade is not None and grade < 1) or "order"
 
 
+def record(name: str, whole: int, n_stories: int) -> None:
+    """Store the count in the results of a shipped checkpoint, atomically."""
+    path = CHECKPOINTS / name / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["results"] |= {"sampled_stories": n_stories, "whole_stories": whole}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
+    os.replace(part, path)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -51,7 +64,10 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=1000)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true", help="write the count into config.json")
     given = parser.parse_args()
+    if given.record and given.temperature != 1:
+        parser.error(f"--record is for temperature 1, got {given.temperature}")
     for name in given.checkpoint:
         model = load_pretrained(name)
         texts = sample_stories(model, given.stories, temperature=given.temperature, seed=given.seed)
@@ -60,6 +76,8 @@ def main() -> None:
         print(f"{name}: {whole} of {given.stories} are whole stories of the grammar")
         for kind, count in Counter(what_is_wrong(found) for found in scores if not found.story).most_common():
             print(f"   {count:4} wrong {kind}")
+        if given.record:
+            record(name, whole, given.stories)
 
 
 if __name__ == "__main__":
