@@ -7,25 +7,19 @@ from torch import nn
 from shared.decode_step import bare, decode_step
 from shared.gpt import GPTConfig, GPTModel
 from shared.layers import FeedForward, LayerNorm, MixtureOfExperts, RMSNorm, SwiGLU
+from tests.configurations import LLAMA
 
 SMALL = {"vocab_size": 30, "context_length": 16, "emb_dim": 24, "n_heads": 4, "n_layers": 2}
-MODERN = {
-    "norm": "rmsnorm",
-    "positions": "rotary",
-    "feed_forward": "swiglu",
-    "bias": False,
-    "qkv_bias": False,
-}
 VARIANTS = {
     "gpt2": {},
     "gpt1": {"pre_norm": False},
-    "llama": MODERN,
-    "qwen3": {**MODERN, "n_kv_heads": 2, "head_dim": 8, "qk_norm": True},
-    "mistral": {**MODERN, "n_kv_heads": 1, "window": 3},
-    "mixtral": {**MODERN, "feed_forward": "moe", "feed_forward_dim": 16, "n_experts": 4},
+    "llama": LLAMA,
+    "qwen3": {**LLAMA, "n_kv_heads": 2, "head_dim": 8, "qk_norm": True},
+    "mistral": {**LLAMA, "n_kv_heads": 1, "window": 3},
+    "mixtral": {**LLAMA, "feed_forward": "moe", "feed_forward_dim": 16, "n_experts": 4},
     "sinusoidal": {"positions": "sinusoidal"},
     "no positions, untied": {"positions": "none", "tie_weights": False},
-    "yarn": {**MODERN, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 4},
+    "yarn": {**LLAMA, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 4},
 }
 
 

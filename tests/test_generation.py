@@ -24,21 +24,15 @@ from shared.generation import (
 from shared.gpt import GPTConfig, GPTModel
 from shared.speculation import DraftModel, PromptLookup, Speculation, generate_speculatively
 from shared.tale_tokenizer import tale_encoding
+from tests.configurations import LLAMA
 
 SMALL = {"vocab_size": 40, "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "dropout": 0.1}
-MODERN = {
-    "norm": "rmsnorm",
-    "positions": "rotary",
-    "feed_forward": "swiglu",
-    "bias": False,
-    "qkv_bias": False,
-}
 VARIANTS = {
     "gpt2": {},
-    "llama": MODERN,
-    "qwen3": {**MODERN, "n_kv_heads": 1, "qk_norm": True},
-    "mistral": {**MODERN, "window": 3},
-    "mixtral": {**MODERN, "feed_forward": "moe", "feed_forward_dim": 8, "n_experts": 3},
+    "llama": LLAMA,
+    "qwen3": {**LLAMA, "n_kv_heads": 1, "qk_norm": True},
+    "mistral": {**LLAMA, "window": 3},
+    "mixtral": {**LLAMA, "feed_forward": "moe", "feed_forward_dim": 8, "n_experts": 3},
     "no positions": {"positions": "none"},
 }
 

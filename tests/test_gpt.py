@@ -27,9 +27,9 @@ from transformers import (
 from shared.attention import KeyValueCache
 from shared.gpt import ADDED_POSITIONS, PRESETS, GPTConfig, GPTModel, build_block, build_norm_of, build_rotary
 from shared.layers import LayerNorm, RMSNorm, balance_loss
+from tests.configurations import LLAMA
 
 SMALL = {"vocab_size": 50, "context_length": 16, "emb_dim": 24, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
-LLAMA = {"norm": "rmsnorm", "positions": "rotary", "feed_forward": "swiglu", "bias": False, "qkv_bias": False}
 
 # Every option away from its default, alone or in the company it has in real models.
 VARIANTS = {

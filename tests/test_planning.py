@@ -25,20 +25,14 @@ from shared.planning import (
     plan,
     state_bytes,
 )
+from tests.configurations import LLAMA
 
-MODERN = {
-    "norm": "rmsnorm",
-    "positions": "rotary",
-    "feed_forward": "swiglu",
-    "bias": False,
-    "qkv_bias": False,
-}
 SMALL = {"vocab_size": 90, "context_length": 64, "emb_dim": 48, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
 VARIANTS = {
     "gpt2": {},
     "gpt1": {"pre_norm": False},
-    "modern": MODERN,
-    "grouped": {**MODERN, "n_kv_heads": 2, "head_dim": 16, "qk_norm": True},
+    "modern": LLAMA,
+    "grouped": {**LLAMA, "n_kv_heads": 2, "head_dim": 16, "qk_norm": True},
     "untied": {"tie_weights": False, "positions": "sinusoidal", "bias": False},
     "wide swiglu with biases": {"feed_forward": "swiglu", "feed_forward_dim": 100},
 }
@@ -141,7 +135,7 @@ def test_time_by_hand_on_a_round_machine():
 
 
 def test_the_best_plan_fits_and_no_small_machine_takes_a_large_model():
-    llama = GPTConfig(**{**MODERN, "vocab_size": 32000, "context_length": 4096, "emb_dim": 8192, "n_heads": 64},
+    llama = GPTConfig(**{**LLAMA, "vocab_size": 32000, "context_length": 4096, "emb_dim": 8192, "n_heads": 64},
                       n_kv_heads=8, n_layers=80, feed_forward_dim=28672, tie_weights=False)  # fmt: skip
     assert parameter_count(llama) == 68_976_648_192  # Llama 2 70B
     assert best_plan(llama, 1, H100, 1024, 4096) is None

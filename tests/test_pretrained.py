@@ -49,10 +49,10 @@ from shared.weights import (
     shipped_checkpoints,
     stored_dtype,
 )
+from tests.configurations import LLAMA
 from tests.test_download import REAL_DATA, Handler, LoopbackServer, closed_port
 from tests.test_gpt import VARIANTS as MODELS
 
-LLAMA = {"norm": "rmsnorm", "positions": "rotary", "feed_forward": "swiglu", "bias": False, "qkv_bias": False}
 SIZES = {"vocab_size": 2048, "context_length": 64, "emb_dim": 24, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
 LONGER = {"rope_factor": 4.0, "rope_original_length": 16}
 # Name -> (class of transformers, options).

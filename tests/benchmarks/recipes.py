@@ -61,6 +61,8 @@ def median_step(
             start = CLOCKS[clock]()
             run.train_step()
             times[name].append(CLOCKS[clock]() - start)
+    for run in runs.values():
+        run.close()
     return {name: statistics.median(each[3:]) for name, each in times.items()}
 
 
@@ -73,6 +75,7 @@ def train(options: Options, processes: Processes, clock: str) -> dict[str, objec
     seconds = CLOCKS[clock]() - start
     run.look()
     found = run.evaluate()
+    run.close()  # its folder is free for the next run of the same recipe
     measured = {name: f"{found[name]:.4f}" for name in COLUMNS if name in found}
     return {
         **{"parameters": run.model.n_parameters, "steps": options.steps, "seconds": f"{seconds:.0f}"},
