@@ -1,6 +1,6 @@
 """Set the scale of a trained model's logits to the one with the lowest loss on held-out tales.
 
-    python ch05_pretraining/calibrate.py build/tales-2m --out shared/checkpoints/tales-2m
+    python ch05_pretraining/calibrate.py build/tales-2m --out build/tales-2m-calibrated
 
 One number is fitted: a factor on all logits, the inverse of a temperature (Guo et al., 2017, "On Calibration of Modern
 Neural Networks"). It goes into the final norm, so the model keeps its shape. The stories for the fit come from a seed

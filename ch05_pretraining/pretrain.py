@@ -45,8 +45,10 @@ from shared.rows import DocumentRows, WindowRows, repeated_targets
 from shared.run_log import RunLog, lock_folder
 from shared.run_options import Options, read_options
 from shared.schedules import build_schedule
+from shared.tale_distribution import expected_loss, next_tokens
 from shared.text_shards import TextShards, load_encoding, tokenise, tokenise_tales
 from shared.training import bits_per_byte, next_token_loss
+from shared.weights import load_pretrained
 
 
 class Diverged(Exception):
@@ -104,6 +106,41 @@ def initialise_mimetically(model: GPTModel) -> None:
         attention.output.weight.copy_(value.T)
 
 
+@torch.no_grad()
+def begin_from(model: GPTModel, name: str) -> None:
+    """Copy trained weights of the same shape, but for layers that `model` has more; those go on top.
+
+    A new layer begins with attention that looks for tokens like the one predicted and speaks against them, as copy
+    suppression does in GPT-2 (McDougall et al., 2023, "Copy Suppression: Comprehensively Understanding an Attention
+    Head"), and with a feed-forward part that adds nothing. With fewer key heads than query heads its attention adds
+    nothing either.
+
+    Raises:
+        ValueError: The models differ in more than that, or new layers would have experts.
+    """
+    source = load_pretrained(name, dtype=torch.float32)
+    ours, theirs = asdict(model.config), asdict(source.config)
+    free = {"dropout", "init_std"} | ({"n_layers"} if ours["n_layers"] > theirs["n_layers"] else set())
+    wrong = [
+        f"{key}={theirs[key]}, not {ours[key]}" for key in ours.keys() - free if ours[key] != theirs[key]
+    ]
+    if wrong:
+        raise ValueError(f"start_from is {name}; its model has {'; '.join(sorted(wrong))}")
+    if len(model.blocks) > len(source.blocks) and model.config.feed_forward == "moe":
+        raise ValueError(f"start_from is {name}; layers with experts cannot be added")
+    load_model_state(model, {**model_state(model), **model_state(source)})
+    for block in model.blocks[len(source.blocks) :]:
+        # Without the factor the new layer would hardly be heard: its output joins the sum of all layers below.
+        attention = block.attention
+        if attention.n_kv_heads == attention.n_heads:
+            query, key, value = attention.qkv.weight.chunk(3)
+            key.lerp_(query, 0.5)
+            attention.output.weight.copy_(-4 * value.T)
+        else:
+            attention.output.weight.zero_()
+        block.feed_forward.down.weight.zero_()
+
+
 class Run:
     """A training run: everything that a step needs, and everything that a checkpoint holds."""
 
@@ -114,7 +151,7 @@ class Run:
             raise ValueError(
                 f"batch_size is {options.batch_size}; processes x accumulation need a multiple of {parts}"
             )
-        encoding = load_encoding(options.tokenizer)
+        encoding = self.encoding = load_encoding(options.tokenizer)
         self.config = GPTConfig.preset(options.preset, **{"vocab_size": encoding.n_vocab, **options.model})
         if self.config.vocab_size < encoding.n_vocab:
             raise ValueError(
@@ -128,7 +165,9 @@ class Run:
         self.train_rows = self._rows(self.shards.train, options.batch_size, encoding.eot_token)
         self.validation_rows = self._rows(validation, 1, encoding.eot_token)
         self.floor = self.shards.floor if options.rows == "documents" else None
-        if self.floor and self.validation_rows.lengths.max() > self.config.context_length:
+        whole_rows = [self.validation_rows] if self.floor else []
+        whole_rows += [self.train_rows] if options.exact_targets else []
+        if any(rows.lengths.max() > self.config.context_length for rows in whole_rows):
             raise ValueError(f"context_length is {self.config.context_length}: shorter than the longest tale")
         lengths = [0] * self.config.vocab_size
         for token in encoding.token_byte_values():
@@ -159,6 +198,8 @@ class Run:
         self.model = GPTModel(self.config).to(self.processes.device)
         if options.mimetic:
             initialise_mimetically(self.model)
+        if options.start_from and latest_checkpoint(self.folder / "checkpoints") is None:
+            begin_from(self.model, options.start_from)
         if options.compile:
             self.model.compile()
         self.forward = self.processes.spread(self.model, options.parallel)
@@ -195,9 +236,11 @@ class Run:
             with share_gradients(self.forward, part == first + options.accumulation - 1):
                 with self.autocast():
                     logits = self.forward(inputs)
-                    losses = next_token_loss(logits, targets, reduction="none") / n_targets
+                    losses, outside = (each / n_targets for each in self._losses(logits, targets))
                 part_loss = losses.sum()
                 loss += part_loss.detach()
+                if options.outside_weight:
+                    part_loss = part_loss + options.outside_weight * outside.sum()
                 if self.rare is not None and options.repeat_from <= self.step < options.repeat_until:
                     repeated = repeated_targets(inputs, targets, self.rare)
                     part_loss = part_loss + options.repeat_weight * losses[repeated].sum()
@@ -207,6 +250,14 @@ class Run:
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 (part_loss * processes.world).backward()
         return loss, n_targets
+
+    def _losses(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each target in nats, and the share of it that tokens outside of the grammar cause."""
+        if not self.options.exact_targets:
+            losses = next_token_loss(logits, targets, reduction="none")
+            return losses, torch.zeros_like(losses)
+        stories = [self.encoding.decode(row[row >= 0][:-1].tolist()) for row in targets]
+        return expected_loss(logits, map(next_tokens, stories))
 
     def train_step(self) -> None:
         """Make one update; its loss is looked at later."""

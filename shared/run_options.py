@@ -52,6 +52,8 @@ class Options:
     model: dict[str, object] = option({}, "changes to the preset, as NAME=VALUE ...: n_layers=2 qk_norm=true")
     mimetic: bool = option(False, "first weights of attention that look for and copy tokens: keys are half queries, "
                                    "outputs undo values")
+    start_from: str | None = option(None, "trained weights to begin with, a name or folder for load_pretrained; "
+                                          "layers that they lack are added on top")
     steps: int = option(1000, "updates")
     batch_size: int = option(16, "rows of an update, all processes together")
     accumulation: int = option(1, "parts in which a process computes its rows of an update")
@@ -69,6 +71,10 @@ class Options:
     repeat_share: float = option(0.004, "a token is rare if at most this share of the training tokens is the same")
     repeat_from: int = option(0, "first step with the extra weight, counted from 0")
     repeat_until: int = option(0, "first step without it again")
+    exact_targets: bool = option(False, "tales as documents: the loss is its expected value over all tokens that the "
+                                        "grammar allows in a place, not that of the one that was drawn")
+    outside_weight: float = option(0.0, "with exact targets: extra weight of the part of the loss that comes from "
+                                        "probability for tokens that cannot stand there")
     balance_weight: float = option(0.01, "mixtures of experts: factor of the loss that keeps all experts busy")
     max_grad_norm: float = option(1.0, "longer gradients are shortened to it; 0: never")
     precision: str = option("float32", "of the matrix products", choices=("float32", "bf16"))
@@ -129,6 +135,7 @@ class Options:
             "threads",
             "repeat_weight",
             "balance_weight",
+            "outside_weight",
         )
         for name in (*at_least_1, *not_negative):
             smallest = int(name in at_least_1)
@@ -138,6 +145,16 @@ class Options:
             raise ValueError(f"{'data' if self.out else 'out'} is missing")
         if self.repeat_weight and self.rows != "documents":
             raise ValueError(f"repeat_weight is {self.repeat_weight}; it needs rows=documents")
+        if self.exact_targets and not (self.is_tales and self.rows == "documents"):
+            raise ValueError(
+                "exact_targets needs data=tales and rows=documents: no other source is known exactly"
+            )
+        if self.outside_weight and not self.exact_targets:
+            raise ValueError(f"outside_weight is {self.outside_weight}; it needs exact_targets")
+        if self.start_from and self.mimetic:
+            raise ValueError(
+                f"start_from is {self.start_from}; mimetic is for a model that begins without weights"
+            )
         if self.is_tales and self.tokenizer != "tales":
             raise ValueError(f"tokenizer is {self.tokenizer!r}; tales have their own")
 

@@ -23,7 +23,8 @@ CHAPTERS = (
 
 FLOORS = (
     ("corpus", "tales", "tale_grammar", "tale_scoring", "dates", "download", "proof", "results", "sweeps"),
-    ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset", "rows", "text_shards"),
+    ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset", "rows"),
+    ("text_shards", "tale_distribution"),
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
     ("sampling", "decode_step", "generation", "speculation"),
@@ -64,6 +65,7 @@ HAND_WRITTEN = (
     "tale_grammar",
     "tale_scoring",
     "tale_tokenizer",
+    "tale_distribution",
     "download",
     "proof",
     "results",

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from shared.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
 from shared.gpt import GPTConfig, GPTModel
 from shared.processes import Processes
 from shared.run_options import Options, read_options
+from shared.tale_distribution import expected_loss, next_tokens
 from shared.tale_tokenizer import TALE_TOKENIZER_FILE, tale_encoding
 from shared.tales import TaleGenerator
 from shared.training import document_row, loss_per_document
@@ -278,14 +280,61 @@ def test_the_exported_model_has_the_recorded_losses(finished):
     assert losses[-1] < losses[0] - 1.5
 
 
-def test_parts_of_a_batch_add_up_to_the_whole(folder):
+@pytest.mark.parametrize("exact", [[], ["--exact-targets", "--outside-weight", "5"]], ids=["drawn", "exact"])
+def test_parts_of_a_batch_add_up_to_the_whole(exact, folder):
     losses = {}
     for parts in ("1", "4"):
-        out = folder / f"parts-{parts}"
-        run = new_run(*arguments(out, "--steps", "5", "--model", *SMALL[8:12], "--accumulation", parts))
+        out = folder / f"parts-{len(exact)}-{parts}"
+        given = ["--steps", "5", "--model", *SMALL[8:12], "--accumulation", parts, *exact]
+        run = new_run(*arguments(out, *given))
         run.advance()
         losses[parts] = [float(row["loss"]) for row in rows_of(out / "log.csv")]
     assert losses["1"] == pytest.approx(losses["4"], abs=1e-5) and losses["1"] != losses["4"]
+
+
+def test_exact_targets_are_the_mean_of_drawn_ones_and_the_weight_keeps_the_model_inside(folder):
+    mass = {}
+    for weight in ("0", "20"):
+        given = ["--model", "n_layers=2", "emb_dim=64", "n_heads=4", "--start-from", "tales-tiny"]
+        given += ["--optimizer", "adamw", "--learning-rate", "0.0003", "--steps", "12"]
+        given += ["--exact-targets", "--outside-weight", weight]
+        run = new_run(*arguments(folder / f"exact-{weight}", *given))
+        rows = run.train_rows.batch(0)
+        inputs, targets = run.train_rows.tensors(rows)
+        stories = [tale_encoding().decode(row[row >= 0][:-1].tolist()) for row in targets]
+        with torch.no_grad():
+            wanted = expected_loss(run.model(inputs), map(next_tokens, stories))[0].sum().item()
+        loss, n_targets = run.gradients()
+        # The weight is no part of what is logged.
+        assert loss.item() == pytest.approx(wanted / n_targets, rel=1e-5)
+        run.model.zero_grad()
+        run.advance()
+        run.model.eval()
+        with torch.no_grad():
+            mass[weight] = expected_loss(run.model(inputs), map(next_tokens, stories))[1].sum().item()
+    assert mass["20"] < mass["0"]
+
+
+def test_a_run_begins_from_trained_weights_and_may_add_layers(folder, finished):
+    trained = finished / "export"
+    before = json.loads((trained / "config.json").read_text())["results"]["loss_per_document"]
+    for layers, tolerance in (("2", 1e-4), ("3", 2.0)):
+        out, source = folder / f"begun-{layers}", folder / f"source-{layers}"
+        shutil.copytree(trained, source)
+        model = ["--model", f"n_layers={layers}", *SMALL[9:12], "dropout=0"]
+        given = arguments(out, *model, "--start-from", str(source))
+        run = new_run(*given)
+        assert run.evaluate()["loss_per_document"] == pytest.approx(before, abs=tolerance)
+        weights = load_file(trained / "model.safetensors")
+        assert all(torch.equal(run.model.state_dict()[name], weight) for name, weight in weights.items())
+        run.train_step()
+        run.look()
+        run.save()
+        run.close()
+        shutil.rmtree(source)  # needed at the beginning only
+        run = new_run(*given)
+        assert run.step == 1
+        run.close()
 
 
 def test_experts_are_kept_busy_by_the_balance_loss(folder):
@@ -437,6 +486,15 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(folder, finished, mo
         (["--model", "heads=5"], "heads"),
         (["--model", "vocab_size=100"], "vocab_size is 100; the tokenizer has 2048 tokens"),
         (["--model", "context_length=50"], "context_length is 50: shorter than the longest tale"),
+        (
+            ["--exact-targets", "--model", "context_length=210"],
+            "context_length is 210: shorter than the longest",
+        ),
+        (["--start-from", "{}/none"], r"name_or_path must be one of gpt2-small, .* got '\S+none'"),
+        (
+            ["--start-from", "tales-tiny"],
+            "start_from is tales-tiny; its model has emb_dim=64, not 32; n_heads",
+        ),
         (["--recipe", "{}/none.toml"], r"recipe .*none\.toml cannot be read: No such file"),
         (["--recipe", "{}/bad.toml"], r"recipe .*bad\.toml cannot be read: "),
         (["--recipe", "{}/unknown.toml"], "has unknown options: spets"),
@@ -502,6 +560,14 @@ def test_options_come_from_defaults_recipe_and_command_line(tmp_path):
         Options(out="x", data=["tales"], tokenizer="gpt2")
     with pytest.raises(ValueError, match="rows is 'lines'; allowed: documents, windows"):
         Options(out="x", data=["tales"], rows="lines")
+    with pytest.raises(ValueError, match="exact_targets needs data=tales and rows=documents"):
+        Options(out="x", data=["book.txt"], exact_targets=True)
+    with pytest.raises(ValueError, match=r"outside_weight is 2\.0; it needs exact_targets"):
+        Options(out="x", data=["tales"], outside_weight=2.0)
+    with pytest.raises(
+        ValueError, match="start_from is y; mimetic is for a model that begins without weights"
+    ):
+        Options(out="x", data=["tales"], start_from="y", mimetic=True)
     with pytest.raises(ValueError, match="compile is 1; bool is needed"):
         Options(out="x", data=["tales"], compile=1)
 
