@@ -301,7 +301,9 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the losses on the validation rows: nats per token, bits per byte, nats per document, distance."""
+        """Return the losses on the validation rows: nats per token, bits per byte, nats per document, distance.
+
+        They are those of the weights as they are exported, so nothing is rounded to bf16 here."""
         processes, rows = self.processes, self.validation_rows
         chosen = list(range(len(rows) if self.floor else min(len(rows), self.options.evaluation_rows)))
         if isinstance(rows, DocumentRows):
@@ -315,8 +317,7 @@ class Run:
             # A sharded model needs every process in every pass, also one that has no row left.
             inputs, targets = rows.tensors(own or part[:1])
             inputs, targets = inputs.to(processes.device), targets.to(processes.device)
-            with self.autocast():
-                losses = next_token_loss(self.model(inputs), targets, reduction="none")
+            losses = next_token_loss(self.model(inputs), targets, reduction="none")
             counted = targets >= 0
             n_bytes = (self.token_bytes[targets.clamp(min=0)] * counted).sum()
             sums += bool(own) * torch.stack([losses.double().sum(), counted.sum().double(), n_bytes.double()])

@@ -354,7 +354,14 @@ def test_bf16_is_close_to_float32_and_another_optimizer_and_schedule_work(folder
     losses = {}
     for precision in ("float32", "bf16"):
         out = folder / f"precision-{precision}"
-        new_run(*arguments(out, *options, "--precision", precision)).advance()
+        run = new_run(*arguments(out, *options, "--precision", precision))
+        run.advance()
+        run.model.eval()
+        rows = [document_row(story.text, tale_encoding()) for story in TaleGenerator(0).stories(12)]
+        nats = loss_per_document(
+            run.model, rows
+        )  # evaluations are not rounded: they are those of the exported weights
+        assert run.evaluation["loss_per_document"] == pytest.approx(nats, rel=1e-5)
         losses[precision] = [float(row["loss"]) for row in rows_of(out / "log.csv")]
     assert (
         losses["bf16"] == pytest.approx(losses["float32"], abs=0.05) and losses["bf16"] != losses["float32"]
