@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.gpt import GPTConfig, GPTModel
 from shared.optimizers import build_optimizers
+from shared.processes import end_this_process
 
 CONFIG = GPTConfig.preset("tales-1m", emb_dim=64, n_layers=2, vocab_size=512, context_length=64)
 N_STEPS, N_ROWS, N_TOKENS = 20, 8, 32
@@ -167,3 +168,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_this_process()

@@ -40,7 +40,7 @@ from shared.checkpoint import (
 from shared.gpt import GPTConfig, GPTModel
 from shared.layers import balance_loss
 from shared.optimizers import build_optimizers, set_learning_rates
-from shared.processes import Processes, hardware, like, share_gradients, whole
+from shared.processes import Processes, end_this_process, hardware, like, share_gradients, whole
 from shared.rows import DocumentRows, WindowRows, repeated_targets
 from shared.run_log import RunLog, lock_folder
 from shared.run_options import Options, read_options
@@ -507,3 +507,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_this_process()

@@ -245,6 +245,15 @@ def test_torchrun_with_a_sharded_model_gives_the_losses_of_one_process(folder, u
         torch.testing.assert_close(sharded.model[name], tensor, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("world", "printed"), [("1", "before after late"), ("2", "before")])
+def test_a_process_among_several_ends_at_once(world, printed):
+    code = "import atexit; from shared.processes import end_this_process; atexit.register(print, 'late', end=''); "
+    code += "print('before', end=' '); end_this_process(); print('after', end=' ')"
+    environment = {**os.environ, "WORLD_SIZE": world, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, printed), done.stderr
+
+
 # ---- what it computes
 
 
