@@ -205,7 +205,7 @@ class CountPenalty:
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = _widen(logits)
         times = torch.zeros_like(logits).scatter_add_(1, ids, logits.new_ones(ids.shape))
-        return logits - self.frequency * times - self.presence * (times > 0)
+        return logits - self.frequency * times - self.presence * times.clamp(max=1)
 
 
 @dataclass(frozen=True)

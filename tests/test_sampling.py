@@ -155,6 +155,11 @@ def test_by_hand(processor, weights):
     torch.testing.assert_close(found, expected / expected.sum())
 
 
+def test_penalties_are_not_rounded_below_the_logits_precision():
+    ids, logits = torch.tensor([[0, 1]]), torch.zeros(1, 3, dtype=torch.float64)
+    assert CountPenalty(0.1, 0.0)(ids, logits).tolist() == [[-0.1, -0.1, 0.0]]
+
+
 @settings(deadline=None, max_examples=50)
 @given(case=cases(), presence=st.floats(-3, 3), frequency=st.floats(-3, 3))
 def test_count_penalty_counts(case, presence, frequency):
