@@ -23,8 +23,16 @@ CHAPTERS = (
 
 FLOORS = (
     ("corpus", "tales", "tale_grammar", "tale_scoring", "dates", "download", "proof", "results", "sweeps"),
-    ("cleaning", "simple_tokenizer", "tokenizer", "tale_tokenizer", "dataset", "rows"),
-    ("text_shards", "tale_distribution"),
+    (
+        "cleaning",
+        "simple_tokenizer",
+        "tokenizer",
+        "tale_tokenizer",
+        "tale_distribution",
+        "dataset",
+        "rows",
+        "text_shards",
+    ),
     ("positions", "attention", "layers", "skipgram"),
     ("gpt", "seq2seq", "transformer", "bert", "vit"),
     ("sampling", "decode_step", "generation", "speculation"),

@@ -29,10 +29,18 @@ def checkpoint(request) -> tuple[str, GPTModel]:
 
 
 def test_there_are_checkpoints_and_they_are_small():
-    assert {"tales-1m", "tales-tiny"} <= set(NAMES)
+    assert {"tales-1m", "tales-3m", "tales-tiny"} <= set(NAMES)
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16_000_000
     assert all(path.suffix in (".safetensors", ".json", ".md") for path in files)
+
+
+@pytest.mark.parametrize(("name", "percent", "whole"), [("tales-1m", 5, 0), ("tales-3m", 3, 980)])
+def test_the_records_reach_the_aims_of_the_course(name, percent, whole):
+    # That the records are true is what the next two tests hold.
+    results = json.loads((CHECKPOINTS / name / "config.json").read_text(encoding="utf-8"))["results"]
+    assert 0 < results["percent_above_floor"] <= percent
+    assert results["sampled_stories"] == 1000 and results["whole_stories"] >= whole
 
 
 def test_recorded_loss(checkpoint):

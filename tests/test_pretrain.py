@@ -336,6 +336,10 @@ def test_a_run_begins_from_trained_weights_and_may_add_layers(folder, finished):
         assert run.evaluate()["loss_per_document"] == pytest.approx(before, abs=tolerance)
         weights = load_file(trained / "model.safetensors")
         assert all(torch.equal(run.model.state_dict()[name], weight) for name, weight in weights.items())
+        for block in run.model.blocks[2:]:
+            value = block.attention.qkv.weight.chunk(3)[2]
+            assert torch.equal(block.attention.output.weight, -4 * value.T)
+            assert not block.feed_forward.down.weight.any()
         run.train_step()
         run.look()
         run.save()
@@ -367,9 +371,8 @@ def test_bf16_is_close_to_float32_and_another_optimizer_and_schedule_work(folder
         run.advance()
         run.model.eval()
         rows = [document_row(story.text, tale_encoding()) for story in TaleGenerator(0).stories(12)]
-        nats = loss_per_document(
-            run.model, rows
-        )  # evaluations are not rounded: they are those of the exported weights
+        nats = loss_per_document(run.model, rows)
+        # Evaluations are not rounded: they are those of the exported weights.
         assert run.evaluation["loss_per_document"] == pytest.approx(nats, rel=1e-5)
         losses[precision] = [float(row["loss"]) for row in rows_of(out / "log.csv")]
     assert (

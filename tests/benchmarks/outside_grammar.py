@@ -2,7 +2,7 @@
 
     python tests/benchmarks/outside_grammar.py tales-1m tales-tiny --stories 200
 
-For each token of new stories (seed 777) the grammar's distribution is known. Printed are means over stories, in nats:
+For each token of new stories (seed 4242) the grammar's distribution is known. Printed are means over stories, in nats:
 the distance to it (Kullback-Leibler divergence, the model's expected loss less the entropy), the part of the distance
 that comes from probability for tokens that cannot stand there, and the share of that probability that falls on tokens
 that stand earlier in the story. The mean of exp(-part) estimates the share of sampled stories that are whole.
@@ -53,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", nargs="+", help="names of shipped checkpoints, or folders")
     parser.add_argument("--stories", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=777)
+    parser.add_argument("--seed", type=int, default=4242)
     given = parser.parse_args()
     texts = [story.text for story in TaleGenerator(given.seed).stories(given.stories)]
     for name in given.checkpoint:
