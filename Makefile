@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help lab run test promote refresh clean
+.PHONY: help lab run test promote processors refresh clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -11,18 +11,21 @@ help: ## show this list
 lab: $(READY) ## open the course in JupyterLab
 	$(BIN)/python -m jupyterlab
 
-run: $(READY) ## execute every notebook in order (outputs go to build/) and print the table of results
-	$(BIN)/python tests/run_notebooks.py
+run: $(READY) ## execute every notebook (outputs go to build/) and print the results; CH=ch03, FROM=ch04/02, STOP=1
+	$(BIN)/python -m tests.run_notebooks $(if $(CH),--chapter $(CH)) $(if $(FROM),--from $(FROM)) $(if $(STOP),--stop)
 
 test: $(READY) ## verify everything: lint, promotion, tests, every notebook's stored outputs
-	$(BIN)/python tests/verify.py
+	$(BIN)/python -m tests.verify
 
 promote: $(READY) ## write shared/ from the notebook cells tagged promote:<module>
-	$(BIN)/python tests/promote.py
+	$(BIN)/python -m tests.promote
+
+processors: $(READY) ## compare notebooks (NB=...) under other orders of sums, as on other processors (SEEDS="1 2 3")
+	$(BIN)/python -m tests.tools.processors $(NB) $(if $(SEEDS),--seeds $(SEEDS))
 
 refresh: $(READY) ## rewrite the stored outputs of all notebooks, or of NB=path/to/notebook.ipynb
-	$(BIN)/python tests/promote.py
-	$(BIN)/python tests/run_notebooks.py --write $(NB)
+	$(BIN)/python -m tests.promote
+	$(BIN)/python -m tests.run_notebooks --write $(NB)
 
 clean: ## remove the virtual environment and everything that a run left behind
 	rm -rf .venv build llm_in_notebooks.egg-info .ruff_cache .hypothesis

@@ -1,13 +1,30 @@
-"""How nbval compares a notebook's stored outputs with new ones: `tests/notebook_outputs.py` says what may differ."""
+"""How nbval runs and compares the notebooks, with `make test` and with plain `pytest --nbval FILE` alike.
 
+Kernels get the environment of a checked run (`tests/tools/checked_run.py`), and their sums are in another order than
+those of the stored outputs (`tests/tools/other_processor.py`). `tests/notebook_outputs.py` says what may differ.
+"""
+
+import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
 from shared.results import MIME_TYPE
 from tests.notebook_outputs import TolerantText
+from tests.tools import checked_run
 
 
-def pytest_configure() -> None:
-    collect, sanitize = IPyNbFile.collect, IPyNbCell.sanitize
+def pytest_configure(config) -> None:
+    checked_run.apply()
+    try:
+        checked_run.seed_of_sums()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if not config.option.nbval_kernel_name:
+        config.option.nbval_current_env = True  # the kernel of this Python, not another one named python3
+    setup, collect, sanitize = IPyNbFile.setup, IPyNbFile.collect, IPyNbCell.sanitize
+
+    def setup_in_another_order(self):
+        setup(self)
+        checked_run.reorder_sums(self.kernel)
 
     def collect_ignoring_more(self):
         # A recorded result is also in the output as text, which is compared.
@@ -18,5 +35,6 @@ def pytest_configure() -> None:
         value = sanitize(self, value)
         return TolerantText(value) if isinstance(value, str) else value
 
+    IPyNbFile.setup = setup_in_another_order
     IPyNbFile.collect = collect_ignoring_more
     IPyNbCell.sanitize = sanitize_tolerantly

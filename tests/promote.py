@@ -1,7 +1,7 @@
 """Write the modules of `shared/` from the notebook cells tagged `promote:<module>`.
 
-    python tests/promote.py            write every module that differs from its notebooks
-    python tests/promote.py --check    write nothing, print the differences, exit 1 when there are any
+    python -m tests.promote            write every module that differs from its notebooks
+    python -m tests.promote --check    write nothing, print the differences, exit 1 when there are any
 
 A tagged code cell holds finished definitions (functions, classes, constants); a tagged markdown cell holds the
 module's docstring. The imports that the definitions need are looked up by name among the notebook's own import
@@ -11,27 +11,39 @@ notebooks may promote into one module: chapter order is the order of the definit
 
 import argparse
 import ast
-import builtins
 import difflib
+import json
 import os
+import re
+import shutil
 import subprocess
-import symtable
 import sys
+import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import nbformat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.architecture import HAND_WRITTEN, MODULES, ROOT, notebooks
 
 TAG = "promote:"
 LINE_LENGTH = 110
+GAP = "\n\n\n"  # between two definitions
 
 
 class PromotionError(Exception):
     """A notebook cannot be promoted; the message names the notebook and the cell."""
+
+
+@dataclass
+class Cell:
+    """A promoted code cell: where it stands, its definitions, and the imports of its notebook."""
+
+    place: str
+    body: str
+    defined: list[str]
+    available: dict[str, str]  # name -> import statement that binds it, anywhere in the notebook
+    promoted_here: dict[str, str]  # name -> module that the same notebook promotes it to
 
 
 @dataclass
@@ -40,20 +52,21 @@ class Module:
 
     prose: list[str] = field(default_factory=list)
     notebooks: list[str] = field(default_factory=list)
-    bodies: list[str] = field(default_factory=list)
-    defined: dict[str, str] = field(default_factory=dict)  # name -> where it is defined
+    cells: list[Cell] = field(default_factory=list)
     imports: set[str] = field(default_factory=set)
 
+    def body(self) -> str:
+        """Return all definitions, two blank lines between cells."""
+        return GAP.join(cell.body for cell in self.cells)
 
-@dataclass
-class Cell:
-    """A promoted code cell: where it stands, its definitions, and the global names they use."""
-
-    place: str
-    module: str
-    body: str
-    defined: list[str]
-    used: set[str]
+    def cell_at(self, line: int) -> Cell:
+        """Return the cell that a line of `body`, counted from 1, comes from."""
+        end = 0
+        for cell in self.cells:
+            end += (cell.body + GAP).count("\n")
+            if line <= end:
+                return cell
+        return self.cells[-1]
 
 
 def collect(root: Path = ROOT) -> dict[str, str]:
@@ -66,17 +79,41 @@ def collect(root: Path = ROOT) -> dict[str, str]:
     modules: dict[str, Module] = {}
     for path in notebooks(root):
         _collect_notebook(path, path.relative_to(root).as_posix(), modules)
-    return {name: _render(module) for name, module in modules.items()}
+    for module in modules.values():
+        places: dict[str, str] = {}
+        for cell in module.cells:
+            for defined in cell.defined:
+                if defined in places:
+                    raise PromotionError(
+                        f"{cell.place}: {defined!r} is already promoted by {places[defined]}"
+                    )
+                places[defined] = cell.place
+    for name, line, used in _unbound_names({name: module.body() for name, module in modules.items()}):
+        module, cell = modules[name], modules[name].cell_at(line)
+        if used in cell.available:
+            statement = cell.available[used]
+        elif used in cell.promoted_here:
+            statement = f"from shared.{cell.promoted_here[used]} import {used}"
+        else:
+            raise PromotionError(
+                f"{cell.place}: uses {used!r}, which module {name!r} would not have; "
+                "import it in the notebook, or promote its definition too"
+            )
+        module.imports.add(statement)
+    return _tidied({name: _render(module) for name, module in modules.items()})
 
 
 def _collect_notebook(path: Path, label: str, modules: dict[str, Module]) -> None:
-    available: dict[str, str] = {}  # name -> import statement that binds it
-    cells: list[Cell] = []
+    """Add the promoted cells of one notebook to `modules`."""
+    available: dict[str, str] = {}
+    promoted_here: dict[str, str] = {}
     code_position = 0
-    for cell in nbformat.read(path, as_version=4).cells:
-        tagged = [tag[len(TAG) :] for tag in cell.metadata.get("tags", []) if tag.startswith(TAG)]
-        code_position += cell.cell_type == "code"
-        place = f"{label}, code cell {code_position}" if cell.cell_type == "code" else f"{label}, prose"
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source, is_code = "".join(cell["source"]), cell["cell_type"] == "code"
+        tagged = [tag[len(TAG) :] for tag in cell["metadata"].get("tags", []) if tag.startswith(TAG)]
+        code_position += is_code
+        place = f"{label}, code cell {code_position}" if is_code else f"{label}, prose"
+        # A tag names one module, and one that is promoted to.
         if len(tagged) > 1:
             raise PromotionError(
                 f"{place}: promoted to {' and '.join(tagged)}; one cell belongs to one module"
@@ -88,41 +125,22 @@ def _collect_notebook(path: Path, label: str, modules: dict[str, Module]) -> Non
             module = modules.setdefault(tagged[0], Module())
             if label not in module.notebooks:
                 module.notebooks.append(label)
-        if cell.cell_type == "markdown" and tagged:
-            modules[tagged[0]].prose.append(cell.source.strip())
-        if cell.cell_type != "code":
+        if not is_code:
+            if tagged:
+                module.prose.append(source.strip())
             continue
+        # Imports count wherever they stand; definitions only where they are promoted.
         try:
-            tree = ast.parse(cell.source)
+            tree = ast.parse(source)
         except SyntaxError as error:
             if tagged:
                 raise PromotionError(f"{place}: does not parse: {error.msg} (line {error.lineno})") from error
             continue  # a plain cell may hold a magic command
         available.update(_bindings(tree))
         if tagged:
-            cells.append(_read_cell(place, tagged[0], cell.source, tree))
-    promoted_here = {name: cell.module for cell in cells for name in cell.defined}
-    for cell in cells:
-        module = modules[cell.module]
-        for name in cell.defined:
-            if name in module.defined:
-                raise PromotionError(f"{cell.place}: {name!r} is already promoted by {module.defined[name]}")
-            module.defined[name] = cell.place
-        module.bodies.append(cell.body)
-    for cell in cells:
-        module = modules[cell.module]
-        for name in sorted(cell.used - module.defined.keys()):
-            if name in available:
-                statement = available[name]
-            elif name in promoted_here:
-                statement = f"from shared.{promoted_here[name]} import {name}"
-            else:
-                raise PromotionError(
-                    f"{cell.place}: uses {name!r}, which module {cell.module!r} would not have; "
-                    "import it in the notebook, or promote its definition too"
-                )
-            if not statement.startswith(f"from shared.{cell.module} import "):
-                module.imports.add(statement)
+            body, defined = _definitions(place, source, tree)
+            promoted_here.update(dict.fromkeys(defined, tagged[0]))
+            module.cells.append(Cell(place, body, defined, available, promoted_here))
 
 
 def _bindings(tree: ast.Module) -> dict[str, str]:
@@ -140,7 +158,8 @@ def _bindings(tree: ast.Module) -> dict[str, str]:
     return found
 
 
-def _read_cell(place: str, module: str, source: str, tree: ast.Module) -> Cell:
+def _definitions(place: str, source: str, tree: ast.Module) -> tuple[str, list[str]]:
+    """Return the text of a promoted cell without its imports, and the names that it defines."""
     lines = source.split("\n")
     defined: list[str] = []
     for node in tree.body:
@@ -159,18 +178,52 @@ def _read_cell(place: str, module: str, source: str, tree: ast.Module) -> Cell:
                 f"{place}: line {node.lineno} is neither a definition nor an import; a promoted cell holds "
                 "finished definitions only"
             )
-    body = "\n".join(lines).strip()
-    used = {
-        name for name in _global_names(symtable.symtable(body, place, "exec")) if not hasattr(builtins, name)
-    }
-    return Cell(place, module, body, defined, used)
+    return "\n".join(lines).strip(), defined
 
 
-def _global_names(table: symtable.SymbolTable) -> set[str]:
-    """Return the module-level names that a block and the blocks inside it read."""
-    top = table.get_type() == "module"
-    names = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
-    return names.union(*(_global_names(child) for child in table.get_children()))
+def _unbound_names(bodies: dict[str, str]) -> list[tuple[str, int, str]]:
+    """Return (module, line, name) for each name that a module's text uses and does not bind, as ruff finds them.
+
+    Python's own symbol tables differ between versions (since 3.12 comprehensions have none); ruff's do not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _write_all(bodies, folder)
+        options = ["--isolated", "--no-cache", "--ignore-noqa", "--target-version", "py311", "--exit-zero"]
+        found = json.loads(_ruff("check", "--select", "F821", "--output-format", "json", *options, folder))
+    unbound = []
+    for entry in found:
+        module = Path(entry["filename"]).stem
+        name = re.search("`(.+)`", entry["message"])
+        if entry["code"] != "F821" or name is None:
+            raise PromotionError(f"module {module!r}, line {entry['location']['row']}: {entry['message']}")
+        unbound.append((module, entry["location"]["row"], name[1]))
+    return unbound
+
+
+def _tidied(texts: dict[str, str]) -> dict[str, str]:
+    """Return module texts with sorted imports, formatted."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_all(texts, folder)
+        config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", "--quiet"]
+        _ruff("check", "--select", "I", "--fix-only", *config, folder)
+        _ruff("format", *config, folder)
+        return {name: Path(folder, f"{name}.py").read_text(encoding="utf-8") for name in texts}
+
+
+def _write_all(texts: dict[str, str], folder: str) -> None:
+    for name, text in texts.items():
+        Path(folder, f"{name}.py").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _ruff(command: str, *arguments: str) -> str:
+    """Run ruff, this Python's own or that of the path, and return what it prints."""
+    program = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
+    if program is None:
+        raise PromotionError("ruff is not installed: python -m pip install -r requirements.txt")
+    done = subprocess.run([program, command, *arguments], capture_output=True, encoding="utf-8", cwd=ROOT)
+    if done.returncode:
+        raise PromotionError(f"ruff {command} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
 
 
 def _render(module: Module) -> str:
@@ -180,10 +233,8 @@ def _render(module: Module) -> str:
     if '"""' in docstring:
         raise PromotionError(f"{module.notebooks[0]}: the docstring cell contains three double quotes")
     prefix = "r" if "\\" in docstring else ""
-    body = "\n\n\n".join(module.bodies)
     imports = "\n".join(sorted(module.imports))
-    text = f'{prefix}"""{docstring}"""\n\n{imports}\n\n{body}\n'
-    return _ruff("format", _ruff("check", text, "--select", "I", "--fix-only"))
+    return f'{prefix}"""{docstring}"""\n\n{imports}\n\n{module.body()}\n'
 
 
 def _wrap(markdown: str) -> str:
@@ -196,15 +247,6 @@ def _wrap(markdown: str) -> str:
         width = LINE_LENGTH - 4
         paragraphs.append(textwrap.fill(joined, width, break_on_hyphens=False) if is_plain else paragraph)
     return "\n\n".join(paragraphs)
-
-
-def _ruff(command: str, text: str, *options: str) -> str:
-    arguments = [sys.executable, "-m", "ruff", command, *options, "--quiet"]
-    arguments += ["--config", str(ROOT / "pyproject.toml"), "--stdin-filename", "shared/module.py", "-"]
-    done = subprocess.run(arguments, input=text, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
-    if done.returncode:
-        raise PromotionError(f"ruff {command} failed: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,9 +1,12 @@
 """Execute notebooks of the course, each in a fresh kernel, and print a table of the results they record.
 
-    python tests/run_notebooks.py                      every notebook in order, copies with outputs in build/
-    python tests/run_notebooks.py --write [NOTEBOOK ...]  the same, but rewrite the notebooks themselves
+    python -m tests.run_notebooks                     every notebook in order, copies with outputs in build/
+    python -m tests.run_notebooks --chapter ch03      those of one chapter
+    python -m tests.run_notebooks --from ch04/02      from the second notebook of chapter 4 on
+    python -m tests.run_notebooks --write [NOTEBOOK ...]   rewrite the notebooks themselves
 
-A failing cell stops the run with its source and its error. An interrupted run leaves the notebooks as they were.
+A cell that fails ends its notebook; the others go on, and the last lines say what failed and why (`--stop` ends the
+run instead). A notebook that fails or is interrupted stays as it was. The exit status is 1 when any failed.
 """
 
 import argparse
@@ -20,16 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from shared.results import MIME_TYPE
 from tests.architecture import ROOT, notebooks
-
-# One thread a notebook: two busy-waiting thread pools on a busy machine run many times slower than one thread.
-CHECKED_RUN = {
-    "LLM_DEVICE": "cpu",
-    "TQDM_DISABLE": "1",
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "PYTHONHASHSEED": "0",
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-}
+from tests.tools import checked_run
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -39,16 +33,38 @@ KERNEL_ARGUMENTS = ["--log-level=CRITICAL"]
 
 
 class Failed(Exception):
-    """A cell raised; the message holds its source and its error."""
+    """A notebook did not run to its end.
+
+    Attributes:
+        reason: Where and why, in a line; the message itself also holds the cell's source and its traceback.
+    """
+
+    def __init__(self, reason: str, details: str = ""):
+        super().__init__(f"{reason}\n\n{details}" if details else reason)
+        self.reason = reason
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
-    """Execute one notebook in a fresh kernel in its own folder and return it with its new outputs."""
-    notebook = nbformat.read(path, as_version=4)
+def label_of(path: Path) -> str:
+    """Return how a notebook is named in what is printed: its folder and its name without the ending."""
+    return f"{path.parent.name}/{path.stem}"
+
+
+def execute(path: Path, environment: dict[str, str]) -> nbformat.NotebookNode:
+    """Execute one notebook in a fresh kernel in its own folder and return it with its new outputs.
+
+    Raises:
+        Failed: A cell raised an error, the kernel died, or the file is no notebook.
+        KeyboardInterrupt: The user pressed Ctrl-C; the kernel has ended.
+    """
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (ValueError, KeyError, AttributeError, nbformat.reader.NotJSONError) as error:
+        raise Failed(f"not a readable notebook: {_first_line(error)}") from None
     code_cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-    label = f"{path.parent.name}/{path.name}"
     done = 0
-    with tqdm(total=code_cells, desc=label, unit="cell", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        total=code_cells, desc=label_of(path), unit="cell", leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
 
         def advance(cell: nbformat.NotebookNode, **_: object) -> None:
             nonlocal done
@@ -67,17 +83,22 @@ def execute(path: Path) -> nbformat.NotebookNode:
             extra_arguments=KERNEL_ARGUMENTS,
         )
         try:
-            client.execute(env={**os.environ, **CHECKED_RUN})
+            client.execute(env=environment)
         except CellExecutionError as error:
-            raise Failed(f"{label} stopped in code cell {done} of {code_cells}:\n\n{error}") from None
+            what = f"{error.ename}: {_first_line(error.evalue)}".removesuffix(": ")
+            raise Failed(f"code cell {done} of {code_cells}: {what}", str(error)) from None
         except DeadKernelError:
-            raise Failed(f"{label}: the kernel died in code cell {done + 1}; is there memory left?") from None
+            raise Failed(f"the kernel died in code cell {done + 1}; is there memory left?") from None
         except AssertionError:
             # On Ctrl-C nbclient shuts the kernel down and then stumbles over its absence.
             if client.km is not None:
                 raise
             raise KeyboardInterrupt from None
     return _normalised(notebook)
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -130,38 +151,70 @@ def recorded(notebook: nbformat.NotebookNode) -> list[dict]:
     return [output.data[MIME_TYPE] for output in outputs if MIME_TYPE in output.get("data", {})]
 
 
+def chosen(paths: list[Path], place: str) -> list[Path]:
+    """Return the notebooks at a place: a chapter or a notebook, each by how its name begins ("ch04", "ch04/02").
+
+    Raises:
+        ValueError: No notebook is there.
+    """
+    chapter, _, name = place.strip("/").partition("/")
+    found = [p for p in paths if p.parent.name.startswith(chapter) and p.name.startswith(name)]
+    if not found:
+        raise ValueError(
+            f"no notebook is at {place!r}; write a chapter or a notebook, such as ch04 or ch04/02"
+        )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Execute the notebooks of the course.")
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of them")
     parser.add_argument("--write", action="store_true", help="rewrite the notebooks instead of build/")
+    parser.add_argument("--chapter", metavar="CH", help="only the notebooks of a chapter, such as ch03")
+    parser.add_argument("--from", metavar="PLACE", dest="start", help="begin there, such as ch04/02")
+    parser.add_argument("--stop", action="store_true", help="stop at the first notebook that fails")
     options = parser.parse_args(arguments)
     paths = [path.resolve() for path in options.notebooks] or notebooks()
     if missing := [path for path in paths if not path.is_file()]:
         parser.error(f"no such notebook: {missing[0]}")
-    rows, started = [], time.monotonic()
+    try:
+        if options.chapter:
+            paths = chosen(paths, options.chapter)
+        if options.start:
+            paths = paths[paths.index(chosen(paths, options.start)[0]) :]
+    except ValueError as error:
+        parser.error(str(error))
+    # What is stored comes from the settings of a checked run; elsewhere the user's own settings win.
+    environment = checked_run.environment() | (checked_run.CHECKED_RUN if options.write else {})
+    rows, failures, started = [], {}, time.monotonic()
     try:
         for position, path in enumerate(paths, 1):
-            label = f"{path.parent.name}/{path.stem}"
-            print(f"[{position}/{len(paths)}] {label} ...", flush=True)
+            label, head = label_of(path), f"[{position}/{len(paths)}] {label_of(path)}"
+            print(f"{head} ...", flush=True)
             notebook_started = time.monotonic()
-            notebook = execute(path)
+            try:
+                notebook = execute(path, environment)
+            except Failed as failure:
+                failures[label] = failure.reason
+                print(f"{head} failed in {failure}", file=sys.stderr, flush=True)
+                if options.stop:
+                    break
+                continue
             target = path if options.write else ROOT / "build" / path.parent.name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             write(notebook, target)
-            print(
-                f"[{position}/{len(paths)}] {label}: {time.monotonic() - notebook_started:.0f} s", flush=True
-            )
+            print(f"{head}: {time.monotonic() - notebook_started:.0f} s", flush=True)
             rows += [(label, entry) for entry in recorded(notebook)]
-    except Failed as failure:
-        print(f"\n{failure}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nInterrupted; no notebook was changed by the unfinished run.", file=sys.stderr)
         return 130
     print_results(rows)
-    print(f"\n{len(paths)} notebooks ran in {time.monotonic() - started:.0f} s.")
-    return 0
+    print(f"\n{position - len(failures)} notebooks ran in {time.monotonic() - started:.0f} s.")
+    if failures:
+        print(f"{len(failures)} failed:")
+        print("\n".join(f"  {label}: {reason}" for label, reason in failures.items()))
+    return min(1, len(failures))
 
 
 def print_results(rows: list[tuple[str, dict]]) -> None:

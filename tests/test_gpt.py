@@ -297,9 +297,10 @@ def test_a_later_token_changes_no_earlier_logit(model):
     ids = random_ids()
     changed = ids.clone()
     changed[:, 5] = (ids[:, 5] + 1) % 50
-    same = (model(ids) == model(changed)).all(dim=2).all(dim=0)
-    assert same[:5].all()
-    assert not same[5]
+    difference = (model(ids) - model(changed)).abs().amax(dim=(0, 2))  # (tokens,)
+    # Not 0: a mixture of experts multiplies other rows together, and so adds in another order.
+    assert difference[:5].max() < 1e-6
+    assert difference[5] > 1e-3
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 import copy
 import re
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -73,15 +73,18 @@ def good_notebook():
     )
 
 
-def run_nbval(tmp_path, notebook) -> subprocess.CompletedProcess:
-    """Run nbval as `make test` does on one notebook in a temporary copy of what it needs."""
-    for name in ("conftest.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "notebook_outputs.py", tmp_path / "tests")
-    nbformat.write(notebook, tmp_path / "01_trial.ipynb")
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "01_trial.ipynb"]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def run_nbval(folder: Path, notebook, environment: dict[str, str] | None = None):
+    """Run plain `pytest --nbval FILE` on a notebook in `folder`, with the course's conftest.py."""
+    path = folder / "01_trial.ipynb"
+    nbformat.write(notebook, path)
+    options = ["-p", "conftest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    command = [sys.executable, "-m", "pytest", *options, "--nbval", str(path)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def failed_cells(done: subprocess.CompletedProcess) -> set[int]:
+    """Return the numbers, from 0, of the code cells that a run of nbval found different."""
+    return set(map(int, re.findall(r"^FAILED .*::Cell (\d+)", done.stdout, re.M)))
 
 
 def test_nbval_passes_what_is_right_and_fails_what_is_wrong(tmp_path):
@@ -95,10 +98,7 @@ def test_nbval_passes_what_is_right_and_fails_what_is_wrong(tmp_path):
     ]
     done = run_nbval(tmp_path, notebook)
     assert "3 failed, 6 passed" in done.stdout
-    failed = {
-        line.split("::")[1].split(" -")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")
-    }
-    assert failed == {"Cell 5", "Cell 6", "Cell 8"}
+    assert failed_cells(done) == {5, 6, 8}
 
 
 def test_findings_is_empty_for_a_good_notebook(tmp_path):

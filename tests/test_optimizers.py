@@ -96,7 +96,7 @@ def test_muon_takes_the_steps_of_torch_s_muon(shape, nesterov, rounded, monkeypa
         second.grad = first.grad.clone()
         ours.step()
         theirs.step()
-    torch.testing.assert_close(first, second, atol=2e-2 if rounded else 1e-5, rtol=0)
+    torch.testing.assert_close(first, second, atol=4e-2 if rounded else 1e-5, rtol=0)
 
 
 def test_muon_updates_a_split_matrix_as_separate_matrices_and_a_batch_as_single_ones():
@@ -237,6 +237,7 @@ SHARDED = """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from shared.optimizers import build_optimizers
+    from shared.processes import end_this_process
     from tests.test_optimizers import small_model, train
 
     dist.init_process_group("gloo")
@@ -255,6 +256,7 @@ SHARDED = """
         for a, b in zip(sharded.parameters(), whole.parameters()):
             torch.testing.assert_close(a.full_tensor(), b, atol=2e-4, rtol=0)
     dist.destroy_process_group()
+    end_this_process()
 """
 
 

@@ -1,9 +1,16 @@
 """Promotion: the notebook is the source of `shared/`."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from tests.architecture import ROOT
 from tests.promote import PromotionError, collect, main
 
 DOCSTRING = "Squares of numbers.\n\nLeaves out: cubes."
@@ -125,3 +132,37 @@ def test_cell_with_two_modules_is_refused(tmp_path):
     nbformat.write(new_notebook(cells=[cell]), tmp_path / "ch02_text_data" / "01_a.ipynb")
     with pytest.raises(PromotionError, match="one cell belongs to one module"):
         collect(tmp_path)
+
+
+def interpreter(version: str) -> str | None:
+    """Return a Python of this version: this one, one of the path, or one of pyenv's."""
+    candidates = [shutil.which(f"python{version}"), shutil.which(f"python{version}.exe")]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates += [str(path) for path in sorted(pyenv.glob(f"versions/{version}.*/bin/python"))]
+    for candidate in [sys.executable, *filter(None, candidates)]:
+        show = [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        done = subprocess.run(show, capture_output=True, text=True)
+        if done.stdout.strip() == version:  # pyenv's shims stand on the path without a version behind them
+            return candidate
+    return None
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_every_python_promotes_the_same_and_needs_no_packages_for_it(version):
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"no Python {version} is installed here")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where ruff is
+    command = [python, "-S", "-m", "tests.promote", "--check"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "agree with their notebooks" in done.stdout
+
+
+def test_variables_of_comprehensions_are_no_global_names(tmp_path):
+    source = (
+        "def total(rows):\n    pairs = {row: [x for x in row if x] for row in rows}\n"
+        "    return sum(y for values in pairs.values() for y in values), lambda z: z"
+    )
+    course(tmp_path, ("code", source, "cleaning"))
+    assert "import" not in collect(tmp_path)["cleaning"].split('"""')[2]

@@ -356,9 +356,9 @@ def test_base_and_big_have_the_papers_number_of_weights():
 
 def test_it_learns_to_reverse():
     model = transformer(config=replace(CONFIG, feed_forward_dim=64))
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     torch.manual_seed(0)
-    for _ in range(150):
+    for _ in range(300):
         source_ids = torch.randint(3, 6, (32, 4))
         target_ids = F.pad(source_ids.flip(1), (1, 0), value=START)
         logits = model(source_ids, source_ids > 0, target_ids[:, :-1])
@@ -366,6 +366,7 @@ def test_it_learns_to_reverse():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    # All 32 are right from step 200 on, whatever the order of sums.
     written = greedy_decode(model, source_ids, source_ids > 0, START, END, 4)
     assert sum(row == ids for row, ids in zip(written, source_ids.flip(1).tolist(), strict=True)) >= 30
 

@@ -1,11 +1,10 @@
 """Verify the whole course: lint, format, promotion, tests, and every notebook's stored outputs.
 
-    python tests/verify.py             what `make test` runs
+    python -m tests.verify             what `make test` runs
 
 Each step prints its own output; the last lines are a summary. The exit status is the number of failed steps.
 """
 
-import os
 import subprocess
 import sys
 import time
@@ -13,15 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.architecture import ROOT, notebooks
-from tests.run_notebooks import CHECKED_RUN
+from tests.tools import checked_run
 
 PYTHON = [sys.executable, "-m"]
-NBVAL = ["pytest", "--nbval", "--nbval-current-env", "-n", "2", "--dist", "loadscope", "--tb=short"]
+NBVAL = ["pytest", "--nbval", "-n", "2", "--dist", "loadscope", "--tb=short"]
 
 STEPS = {
     "lint": [*PYTHON, "ruff", "check", "."],
     "format": [*PYTHON, "ruff", "format", "--check", "."],
-    "promotion": [sys.executable, "tests/promote.py", "--check"],
+    "promotion": [*PYTHON, "tests.promote", "--check"],
     "architecture": [*PYTHON, "pytest", "tests/test_architecture.py"],
     "pytest": [*PYTHON, "pytest", "--ignore=tests/test_architecture.py", "--durations=5", "tests"],
     "notebooks": [*PYTHON, *NBVAL, *map(str, notebooks())],
@@ -30,7 +29,7 @@ STEPS = {
 
 def main() -> int:
     """Run every step, print the summary, return the number of failed steps."""
-    environment = {**os.environ, **CHECKED_RUN}
+    environment = checked_run.environment()
     lines, failed = [], 0
     for name, command in STEPS.items():
         print(f"\n== {name}: {' '.join(['python', *command[1:]])}", flush=True)
