@@ -12,20 +12,20 @@ lab: $(READY) ## open the course in JupyterLab
 	$(BIN)/python -m jupyterlab
 
 run: $(READY) ## execute every notebook (outputs go to build/) and print the results; CH=ch03, FROM=ch04/02, STOP=1
-	$(BIN)/python -m tests.run_notebooks $(if $(CH),--chapter $(CH)) $(if $(FROM),--from $(FROM)) $(if $(STOP),--stop)
+	$(BIN)/python -m tests.tools.run_notebooks $(if $(CH),--chapter $(CH)) $(if $(FROM),--from $(FROM)) $(if $(STOP),--stop)
 
 test: $(READY) ## verify everything: lint, promotion, tests, every notebook's stored outputs
-	$(BIN)/python -m tests.verify
+	$(BIN)/python -m tests.tools.verify
 
 promote: $(READY) ## write shared/ from the notebook cells tagged promote:<module>
-	$(BIN)/python -m tests.promote
+	$(BIN)/python -m tests.tools.promote
 
 processors: $(READY) ## compare notebooks (NB=...) under other orders of sums, as on other processors (SEEDS="1 2 3")
 	$(BIN)/python -m tests.tools.processors $(NB) $(if $(SEEDS),--seeds $(SEEDS))
 
 refresh: $(READY) ## rewrite the stored outputs of all notebooks, or of NB=path/to/notebook.ipynb
-	$(BIN)/python -m tests.promote
-	$(BIN)/python -m tests.run_notebooks --write $(NB)
+	$(BIN)/python -m tests.tools.promote
+	$(BIN)/python -m tests.tools.run_notebooks --write $(NB)
 
 clean: ## remove the virtual environment and everything that a run left behind
 	rm -rf .venv build llm_in_notebooks.egg-info .ruff_cache .hypothesis

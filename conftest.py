@@ -1,15 +1,15 @@
 """How nbval runs and compares the notebooks, with `make test` and with plain `pytest --nbval FILE` alike.
 
 Kernels get the environment of a checked run (`tests/tools/checked_run.py`), and their sums are in another order than
-those of the stored outputs (`tests/tools/other_processor.py`). `tests/notebook_outputs.py` says what may differ.
+those of the stored outputs (`tests/tools/other_processor.py`). `tests/tools/notebook_outputs.py` says what may differ.
 """
 
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-from shared.results import MIME_TYPE
-from tests.notebook_outputs import TolerantText
+from shared.notebook.results import MIME_TYPE
 from tests.tools import checked_run
+from tests.tools.notebook_outputs import TolerantText
 
 
 def pytest_configure(config) -> None:

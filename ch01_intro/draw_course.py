@@ -12,7 +12,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from shared.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE
+from shared.notebook.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 STAGES = (
     ("2  Text", "clean, tokenize,\nsample, embed", "tiktoken, tokenizers,\nftfy", BLUE),

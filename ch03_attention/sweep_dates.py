@@ -7,7 +7,7 @@
 
 A run replaces the row of the same model, recipe and seed; the other rows stay. A further model is one more entry
 of `MODELS`: any module with `forward(source_ids, source_mask, target_ids)` -> logits, and with `encode` and
-`decode_step` as `shared.seq2seq.SequenceModel` says. One thread is used; on another processor the last decimals
+`decode_step` as `shared.model.seq2seq.SequenceModel` says. One thread is used; on another processor the last decimals
 differ.
 """
 
@@ -24,10 +24,19 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from shared.dates import END_ID, PAD_ID, START_ID, VOCABULARY_SIZE, DateGenerator, ids_to_text, split_days
-from shared.seq2seq import EncoderDecoder, SequenceModel, greedy_decode
-from shared.sweeps import processor, replace_rows
-from shared.transformer import BlockConfig, Transformer
+from shared.model.seq2seq import EncoderDecoder, SequenceModel, greedy_decode
+from shared.model.transformer import BlockConfig, Transformer
+from shared.notebook.records import replace_rows
+from shared.pretraining.processes import cpu_name
+from shared.text.dates import (
+    END_ID,
+    PAD_ID,
+    START_ID,
+    VOCABULARY_SIZE,
+    DateGenerator,
+    ids_to_text,
+    split_days,
+)
 
 RESULTS = Path(__file__).resolve().parent / "sweep_dates.csv"
 CURVES = RESULTS.with_name("sweep_dates_curves.csv")
@@ -194,7 +203,7 @@ def run(model: str, seed: int, recipe: str) -> Run:
         "learning_rate": entry.learning_rate,
         "max_dates": plan.max_dates,
         "cpu_seconds": round(seconds),
-        "hardware": f"{processor()}, 1 thread",
+        "hardware": f"{cpu_name()}, 1 thread",
         "torch": torch.__version__,
         "first_loss": round(sum(losses[:WINDOW]) / WINDOW, 5),
         "last_loss": round(sum(losses[-WINDOW:]) / WINDOW, 5),
@@ -231,7 +240,7 @@ def learning_curve(model: str, seed: int) -> Curve:
             "exact_1": exact_matches(trained.eval(), 1),
             "n_examples": N_EXAMPLES,
             "cpu_seconds": round(paused - started - counting, 1),
-            "hardware": f"{processor()}, 1 thread",
+            "hardware": f"{cpu_name()}, 1 thread",
             "torch": torch.__version__,
         }
         rows.append(row)

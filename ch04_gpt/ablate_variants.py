@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.gpt import GPTConfig, GPTModel
-from shared.layers import MixtureOfExperts, balance_loss
-from shared.sweeps import processor, replace_rows
-from shared.tale_tokenizer import tale_encoding
-from shared.tales import Story, TaleGenerator
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.model.layers import MixtureOfExperts, balance_loss
+from shared.notebook.records import replace_rows
+from shared.pretraining.processes import cpu_name
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import Story, TaleGenerator
 
 RESULTS = Path(__file__).resolve().parent / "ablate_variants.csv"
 CURVES, TIMES = RESULTS.with_stem("ablate_variants_curves"), RESULTS.with_stem("ablate_variants_time")
@@ -276,7 +277,7 @@ def measure(rounds: int = 9, steps: int = 20) -> list[dict[str, object]]:
 
 def machine() -> dict[str, str]:
     """Return the processor's name and torch's version."""
-    return {"hardware": f"{processor()}, 1 thread", "torch": torch.__version__.split("+")[0]}
+    return {"hardware": f"{cpu_name()}, 1 thread", "torch": torch.__version__.split("+")[0]}
 
 
 def main() -> None:

@@ -16,12 +16,12 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
-from shared.export import save_checkpoint_folder
-from shared.gpt import GPTModel
-from shared.tale_tokenizer import tale_encoding
-from shared.tales import TaleGenerator
-from shared.training import IGNORE, bits_per_byte, document_row, evaluate, pad_rows
-from shared.weights import load_pretrained
+from shared.model.gpt import GPTModel
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import TaleGenerator
+from shared.training.loop import IGNORE, bits_per_byte, document_row, evaluate, pad_rows
+from shared.weights.huggingface import save_checkpoint_folder
+from shared.weights.pretrained import load_pretrained
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from sweep_optimizers import RESULTS, collate, save, story_loss, story_rows
 
-from shared.gpt import GPTConfig, GPTModel
-from shared.optimizers import build_optimizers
-from shared.sweeps import processor
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.pretraining.processes import cpu_name
+from shared.training.optimizers import build_optimizers
 
 OUTPUT = RESULTS.with_name("compile_speed.csv")
 SIZES = {"2 blocks of 64": (2, 64, 4), "4 blocks of 128": (4, 128, 4)}
@@ -67,7 +67,7 @@ def main() -> None:
         for kind, median in medians.items():
             row = {"model": name, "kind": kind, "first_step_seconds": round(first[kind], 1)}
             row |= {"ms_per_step": round(1000 * median, 1), "speedup": round(medians["eager"] / median, 2)}
-            row |= {"hardware": f"{processor()}, 1 thread", "torch": torch.__version__}
+            row |= {"hardware": f"{cpu_name()}, 1 thread", "torch": torch.__version__}
             save(row, OUTPUT, COLUMNS, ("model", "kind"))
             print(row, flush=True)
 

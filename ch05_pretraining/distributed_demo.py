@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.gpt import GPTConfig, GPTModel
-from shared.optimizers import build_optimizers
-from shared.processes import end_this_process
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.pretraining.processes import end_this_process
+from shared.training.optimizers import build_optimizers
 
 CONFIG = GPTConfig.preset("tales-1m", emb_dim=64, n_layers=2, vocab_size=512, context_length=64)
 N_STEPS, N_ROWS, N_TOKENS = 20, 8, 32

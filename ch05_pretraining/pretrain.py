@@ -17,7 +17,6 @@ import math
 import os
 import signal
 import statistics
-import sys
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -29,26 +28,25 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from shared.checkpoint import (
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.model.layers import balance_loss
+from shared.pretraining.log import RunLog, lock_folder
+from shared.pretraining.options import Options, read_options
+from shared.pretraining.processes import Processes, end_this_process, hardware, like, share_gradients, whole
+from shared.pretraining.rows import DocumentRows, WindowRows, repeated_targets
+from shared.pretraining.shards import TextShards, load_encoding, tokenise, tokenise_tales
+from shared.tales.distribution import expected_loss, next_tokens
+from shared.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_model_state,
     model_state,
     save_checkpoint,
 )
-from shared.gpt import GPTConfig, GPTModel
-from shared.layers import balance_loss
-from shared.optimizers import build_optimizers, set_learning_rates
-from shared.processes import Processes, end_this_process, hardware, like, share_gradients, whole
-from shared.rows import DocumentRows, WindowRows, repeated_targets
-from shared.run_log import RunLog, lock_folder
-from shared.run_options import Options, read_options
-from shared.schedules import build_schedule
-from shared.tale_distribution import expected_loss, next_tokens
-from shared.text_shards import TextShards, load_encoding, tokenise, tokenise_tales
-from shared.training import bits_per_byte, next_token_loss
-from shared.weights import load_pretrained
+from shared.training.loop import bits_per_byte, next_token_loss
+from shared.training.optimizers import build_optimizers, set_learning_rates
+from shared.training.schedules import build_schedule
+from shared.weights.pretrained import load_pretrained
 
 
 class Diverged(Exception):

@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.generation import generate
-from shared.gpt import GPTConfig, GPTModel
-from shared.sampling import (
+from shared.generation.engine import generate
+from shared.generation.sampling import (
     MinP,
     Processor,
     RepetitionPenalty,
@@ -34,10 +33,12 @@ from shared.sampling import (
     Typical,
     process,
 )
-from shared.sweeps import processor, replace_rows
-from shared.tale_scoring import score
-from shared.tale_tokenizer import tale_encoding
-from shared.tales import TaleGenerator
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.notebook.records import replace_rows
+from shared.pretraining.processes import cpu_name
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import TaleGenerator
+from shared.tales.scoring import score
 
 RESULTS = Path(__file__).resolve().parent / "sweep_decoding.csv"
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "shared" / "checkpoints"
@@ -213,7 +214,7 @@ def measure(name: str, model: GPTModel) -> dict[str, object]:
         "still_possible": possible,
         "real_loss": round(real_loss, 3),
         "cpu_seconds": round(time.process_time() - started, 1),
-        "hardware": f"{processor()}, 1 thread",
+        "hardware": f"{cpu_name()}, 1 thread",
         "torch": torch.__version__,
         "model": MODEL,
         "model_sha256": hashlib.sha256(weights).hexdigest(),

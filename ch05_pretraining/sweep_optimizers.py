@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shared.gpt import GPTConfig, GPTModel
-from shared.optimizers import build_optimizers, set_learning_rates
-from shared.schedules import build_schedule
-from shared.sweeps import processor, replace_rows
-from shared.tale_tokenizer import tale_encoding
-from shared.tales import TaleGenerator
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.notebook.records import replace_rows
+from shared.pretraining.processes import cpu_name
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import TaleGenerator
+from shared.training.optimizers import build_optimizers, set_learning_rates
+from shared.training.schedules import build_schedule
 
 RESULTS = Path(__file__).resolve().parent / "sweep_optimizers.csv"
 STEPS = RESULTS.with_name("sweep_optimizers_steps.csv")
@@ -209,7 +210,7 @@ def measure(rounds: int = 12, steps_a_round: int = 3) -> None:
                     optimizer.zero_grad()
             seconds[name].append((time.process_time() - started) / steps_a_round)
     medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
-    shared = {"hardware": f"{processor()}, 1 thread", "torch": torch.__version__}
+    shared = {"hardware": f"{cpu_name()}, 1 thread", "torch": torch.__version__}
     for name, median in medians.items():
         row = {"optimizer": name, "milliseconds_per_step": round(1000 * median, 1)}
         print(row, flush=True)
@@ -276,7 +277,7 @@ def main() -> None:
                     "loss_per_story": round(done.loss_per_story, 4),
                     "floor": round(done.floor, 4),
                     "cpu_seconds": round(done.cpu_seconds, 1),
-                    "hardware": f"{processor()}, 1 thread",
+                    "hardware": f"{cpu_name()}, 1 thread",
                     "torch": torch.__version__,
                 }
                 save(row, RESULTS, COLUMNS, ("role", "optimizer", "learning_rate", "seed"))

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from sweep_optimizers import Outcome, optimizers_of, save, train
 
-from shared.gpt import GPTConfig
-from shared.sweeps import processor
+from shared.model.gpt import GPTConfig
+from shared.pretraining.processes import cpu_name
 
 RESULTS = Path(__file__).resolve().parent / "sweep_scaling.csv"
 BATCH = 8  # stories
@@ -80,7 +80,7 @@ def main() -> None:
                 "loss_per_story": round(done.loss_per_story, 4),
                 "floor": round(done.floor, 4),
                 "cpu_seconds": round(done.cpu_seconds, 1),
-                "hardware": f"{processor()}, 1 thread",
+                "hardware": f"{cpu_name()}, 1 thread",
                 "torch": torch.__version__,
             }
             save(row, RESULTS, COLUMNS, ("size", "tokens", "seed"))

@@ -1,4 +1,4 @@
-"""The longer runs of `05_troubleshooting.ipynb`: cures for overfitting and for poor text, three seeds each.
+"""The longer runs of `09_troubleshooting.ipynb`: cures for overfitting and for poor text, three seeds each.
 
     python ch05_pretraining/sweep_troubleshooting.py                       everything, about 8 minutes of one core
     python ch05_pretraining/sweep_troubleshooting.py --part overfitting    one part; --variant and --seeds choose runs
@@ -19,17 +19,16 @@ from statistics import fmean
 
 import torch
 
-from shared.corpus import load_stories
-from shared.dataset import join_documents, ngram_overlap
-from shared.generation import generate
-from shared.gpt import GPTConfig, GPTModel
-from shared.optimizers import build_optimizers
-from shared.schedules import linear
-from shared.sweeps import processor, replace_rows
-from shared.tale_scoring import score
-from shared.tale_tokenizer import tale_encoding
-from shared.tales import Story, TaleGenerator, plans
-from shared.training import (
+from shared.data.corpus import load_stories
+from shared.generation.engine import generate
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.notebook.records import replace_rows
+from shared.pretraining.processes import cpu_name
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import Story, TaleGenerator, plans
+from shared.tales.scoring import score
+from shared.text.dataset import join_documents, ngram_overlap
+from shared.training.loop import (
     Batch,
     Record,
     document_row,
@@ -39,6 +38,8 @@ from shared.training import (
     shuffled_rows,
     train,
 )
+from shared.training.optimizers import build_optimizers
+from shared.training.schedules import linear
 
 HERE = Path(__file__).resolve().parent
 OVERFITTING_FILE = HERE / "sweep_troubleshooting_overfitting.csv"
@@ -233,7 +234,7 @@ def _facts(
     known = {"variant": name, "seed": seed, **asdict(variant), "parameters": model.n_parameters}
     return known | {
         "cpu_seconds": seconds,
-        "hardware": f"{processor()}, 1 thread",
+        "hardware": f"{cpu_name()}, 1 thread",
         "torch": torch.__version__,
     }
 

@@ -1,7 +1,7 @@
-"""Time and memory of `shared.attention.MultiHeadAttention` beside `torch.nn.MultiheadAttention`.
+"""Time and memory of `shared.model.attention.MultiHeadAttention` beside `torch.nn.MultiheadAttention`.
 
-    python tests/benchmarks/attention_speed.py                  the aim: batch 8, 1,024 tokens, 768 dimensions, 12 heads
-    python tests/benchmarks/attention_speed.py --rounds 3 --batch 2 --tokens 256      a short look
+    python -m tests.benchmarks.attention_speed                  the aim: batch 8, 1,024 tokens, 768 dimensions, 12 heads
+    python -m tests.benchmarks.attention_speed --rounds 3 --batch 2 --tokens 256      a short look
 
 One step is a forward and a backward pass in training mode, float32. All variants have the same weights and give the
 same numbers, which is checked first. They take turns round by round, so that what else the machine does hits all of
@@ -12,19 +12,16 @@ them: the highest running sum is the peak, weights and input not counted.
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from shared.attention import MultiHeadAttention, causal_mask
-from shared.sweeps import processor
+from shared.model.attention import MultiHeadAttention, causal_mask
+from shared.pretraining.processes import cpu_name
 
 OURS, TORCH = "ours", "torch.nn.MultiheadAttention"
 
@@ -128,7 +125,7 @@ def main() -> None:
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
     torch.set_num_threads(options.threads)
-    print(f"{processor()}, {options.threads} thread(s), torch {torch.__version__}")
+    print(f"{cpu_name()}, {options.threads} thread(s), torch {torch.__version__}")
     print(
         f"batch {options.batch}, {options.tokens} tokens, {options.emb_dim} dimensions, {options.heads} heads, "
         f"{options.rounds} rounds in turns"

@@ -1,7 +1,7 @@
 """Generation by our engine against Hugging Face's GPT-2 (SDPA) with the same weights, and speculative decoding.
 
-    python tests/benchmarks/generation_speed.py                    all parts
-    python tests/benchmarks/generation_speed.py --part small --threads 1 --rounds 15
+    python -m tests.benchmarks.generation_speed                    all parts
+    python -m tests.benchmarks.generation_speed --part small --threads 1 --rounds 15
 
 Parts: `large` is GPT-2's 124M shape with random weights, batch 1, ours in float32 and bfloat16, transformers in
 float32. It is bound by memory bandwidth, so the bandwidth is measured in the same rounds, by summing 512 MiB and by
@@ -23,7 +23,6 @@ import copy
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,12 +33,11 @@ import transformers
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from shared.generation import generate
-from shared.gpt import GPTConfig, GPTModel
-from shared.speculation import DraftModel, PromptLookup, generate_speculatively
-from shared.tale_tokenizer import tale_encoding
-from shared.tales import TaleGenerator
+from shared.generation.engine import generate
+from shared.generation.speculation import DraftModel, PromptLookup, generate_speculatively
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import TaleGenerator
 from tests.benchmarks.training_step import CLOCKS, copy_weights, hardware
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,6 @@
 """Memory and time to load GPT-2's weights: `load_pretrained` against `transformers` and against loading all at once.
 
-    python tests/benchmarks/loading_memory.py [gpt2-small gpt2-medium ...]
+    python -m tests.benchmarks.loading_memory [gpt2-small gpt2-medium ...]
 
 For each size a file of random weights is written to a temporary folder (498 MB to 6.2 GB). Each loader runs in a fresh
 process with one thread. From outside, the process's own memory (USS) is read every few milliseconds from the end of
@@ -20,17 +20,17 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from shared.export import config_to_hf
-from shared.gpt import PRESETS, GPTConfig
-from shared.weights import empty_model, huggingface_views
+from shared.model.gpt import PRESETS, GPTConfig
+from shared.weights.huggingface import config_to_hf
+from shared.weights.pretrained import empty_model, huggingface_views
 
 START = """
 import sys, time
 import torch
 from pathlib import Path
 from safetensors.torch import load_file
-from shared.gpt import GPTConfig, GPTModel
-from shared.weights import huggingface_views, load_pretrained
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.weights.pretrained import huggingface_views, load_pretrained
 folder, name = Path(sys.argv[1]), sys.argv[2]
 {imports}
 print("ready", flush=True)

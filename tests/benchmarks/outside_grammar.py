@@ -1,6 +1,6 @@
 """How far a checkpoint's distribution of the next token is from the grammar's, and how much of it cannot come at all.
 
-    python tests/benchmarks/outside_grammar.py tales-1m tales-tiny --stories 200
+    python -m tests.benchmarks.outside_grammar tales-1m tales-tiny --stories 200
 
 For each token of new stories (seed 4242) the grammar's distribution is known. Printed are means over stories, in nats:
 the distance to it (Kullback-Leibler divergence, the model's expected loss less the entropy), the part of the distance
@@ -9,19 +9,16 @@ that stand earlier in the story. The mean of exp(-part) estimates the share of s
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from shared.gpt import GPTModel
-from shared.tale_distribution import expected_loss, next_tokens
-from shared.tale_tokenizer import tale_encoding
-from shared.tales import TaleGenerator
-from shared.training import document_row
-from shared.weights import load_pretrained
+from shared.model.gpt import GPTModel
+from shared.tales.distribution import expected_loss, next_tokens
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import TaleGenerator
+from shared.training.loop import document_row
+from shared.weights.pretrained import load_pretrained
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Our recipe for `tales-1m` against a plain GPT-2 recipe: the same tales for the same time, then the validation loss.
 
-    python tests/benchmarks/recipes.py --minutes 5 --seeds 0 1 2
-    python tests/benchmarks/recipes.py --minutes 5 --recipe gpt2-plain --set learning_rate=0.002
-    python tests/benchmarks/recipes.py --minutes 5 --recipe tales-1m --set mimetic=false
+    python -m tests.benchmarks.recipes --minutes 5 --seeds 0 1 2
+    python -m tests.benchmarks.recipes --minutes 5 --recipe gpt2-plain --set learning_rate=0.002
+    python -m tests.benchmarks.recipes --minutes 5 --recipe tales-1m --set mimetic=false
 
 A recipe is a file of `ch05_pretraining/recipes`. First the recipes take turns at a few steps, and the median time of a
 step gives each as many steps as fit into `--minutes`; schedules are stretched to that number. Then they are trained,
@@ -14,18 +14,16 @@ also writes a CSV file.
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ch05_pretraining import pretrain
-from shared.processes import Processes, hardware
-from shared.run_options import Options, read_options
-from shared.sweeps import replace_rows
+from shared.notebook.records import replace_rows
+from shared.pretraining.options import Options, read_options
+from shared.pretraining.processes import Processes, hardware
 
 RECIPES = Path(pretrain.__file__).resolve().parent / "recipes"
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}

@@ -1,27 +1,25 @@
 """How many stories of a checkpoint are whole stories of the grammar, sampled at temperature 1 without any filter.
 
-    python tests/benchmarks/sampled_stories.py tales-1m tales-tiny --stories 1000
+    python -m tests.benchmarks.sampled_stories tales-1m tales-tiny --stories 1000
 
-Each story is drawn from its end token to the next one. It counts if `shared.tales.derivations` finds a plan that has
-all of it, every sentence and every agreement; the others are listed by what `shared.tale_scoring.score` finds wrong.
+Each story is drawn from its end token to the next one. It counts if `shared.tales.generator.derivations` finds a plan
+that has all of it, every sentence and every agreement; the others are listed by what `shared.tales.scoring.score` finds
+wrong.
 The share at temperature 1 says how much probability the model keeps for stories of the grammar. `--temperature 0.7`
 shows how much of the rest is rare words that are cut off. `--record` writes the count into the config.json of a shipped
-checkpoint, where `tests/test_checkpoints.py` reads it.
+checkpoint, where `tests/weights/test_checkpoints.py` reads it.
 """
 
 import argparse
 import json
 import os
-import sys
 from collections import Counter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from shared.generation import generate
-from shared.gpt import GPTModel
-from shared.tale_scoring import Score, score
-from shared.tale_tokenizer import tale_encoding
-from shared.weights import CHECKPOINTS, load_pretrained
+from shared.generation.engine import generate
+from shared.model.gpt import GPTModel
+from shared.tales.encoding import tale_encoding
+from shared.tales.scoring import Score, score
+from shared.weights.pretrained import CHECKPOINTS, load_pretrained
 
 ROWS = 100  # stories generated together
 

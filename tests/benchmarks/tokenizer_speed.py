@@ -1,6 +1,6 @@
 """Speed of our BPE tokenizer beside tiktoken and Hugging Face's tokenizers, on one thread, in one run.
 
-    python tests/benchmarks/tokenizer_speed.py [--file TEXT] [--vocab-size 4096] [--repeats 7]
+    python -m tests.benchmarks.tokenizer_speed [--file TEXT] [--vocab-size 4096] [--repeats 7]
 
 Without `--file` the text is tiny Shakespeare (1.1 MB) where it can be had, else the bundled stories (0.1 MB).
 Runs of the candidates alternate, so that a slow spell of the machine meets all of them. All must give the same
@@ -10,20 +10,18 @@ ids. tiktoken cannot train.
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ["RAYON_NUM_THREADS"] = "1"  # Hugging Face's trainer would take every core
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import tokenizers
 
-from shared.corpus import stories_text
-from shared.download import fetch_or_none
-from shared.tokenizer import BYTE_TO_UNICODE, BPETokenizer
+from shared.data.corpus import stories_text
+from shared.data.download import fetch_or_none
+from shared.text.tokenizer import BYTE_TO_UNICODE, BPETokenizer
 
 
 def alternate(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """Training step of our GPT against Hugging Face's GPT-2 (SDPA) on the same weights and the same batch.
 
-    python tests/benchmarks/training_step.py
-    python tests/benchmarks/training_step.py --emb-dim 256 --n-heads 8 --n-layers 6 --batch 8 --profile
+    python -m tests.benchmarks.training_step
+    python -m tests.benchmarks.training_step --emb-dim 256 --n-heads 8 --n-layers 6 --batch 8 --profile
 
 Both models take turns, so that a busy machine slows both alike; the order changes every round. Times are seconds for
 one step: forward pass, loss and backward pass, and the same with an AdamW step (torch's fused kernel for both). The
@@ -13,10 +13,8 @@ and the share of the matrix products, which both models have in common: no imple
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +22,8 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from shared.gpt import GPTConfig, GPTModel
-from shared.sweeps import processor
+from shared.model.gpt import GPTConfig, GPTModel
+from shared.pretraining.processes import cpu_name
 
 
 def copy_weights(ours: GPTModel, theirs: GPT2LMHeadModel) -> None:
@@ -91,7 +88,7 @@ def synchronise(device: torch.device) -> None:
 
 def hardware(device: torch.device) -> str:
     """Name processor, threads and versions."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads{load}; "

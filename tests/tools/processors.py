@@ -1,7 +1,7 @@
 """Run chosen notebooks and tests as several other processors would: what they print and assert must hold on each.
 
     python -m tests.tools.processors                                     all notebooks, seeds 1, 2 and 3
-    python -m tests.tools.processors ch04_gpt/02_gpt.ipynb tests/test_training.py --seeds 1 2
+    python -m tests.tools.processors ch04_gpt/02_gpt.ipynb tests/training/test_loop.py --seeds 1 2
     python -m tests.tools.processors --capabilities default avx2 --threads 1 2
 
 Each combination of a seed (the order of sums, `other_processor.py`), a set of vector instructions
@@ -17,8 +17,8 @@ import re
 import subprocess
 import sys
 
-from tests.architecture import ROOT, notebooks
 from tests.tools import checked_run
+from tests.tools.architecture import ROOT, notebooks
 
 
 def run(paths: list[str], seed: int, capability: str, threads: int) -> tuple[str, list[str]]:

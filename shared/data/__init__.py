@@ -1,0 +1,26 @@
+"""What the course reads. In reading order:
+
+- `corpus`: the texts that ship with it (stories, messages, reviews, instructions, languages).
+- `download`: files and weights from the network, each fetched once and checked.
+"""
+
+from shared.data.corpus import (
+    load_instructions,
+    load_languages,
+    load_reviews,
+    load_sms,
+    load_stories,
+    stories_text,
+)
+from shared.data.download import fetch, gpt2_encoding
+
+__all__ = [
+    "fetch",
+    "gpt2_encoding",
+    "load_instructions",
+    "load_languages",
+    "load_reviews",
+    "load_sms",
+    "load_stories",
+    "stories_text",
+]

@@ -1,0 +1,122 @@
+"""The data that ships with the course: stories, text messages, reviews, instructions, paragraphs in many languages.
+
+Everything here was written for this project and is in the public domain (CC0); `shared/data/README.md` describes
+the files. Data from the network is the business of `shared.data.download`.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parent
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Story:
+    """One short story: its title, its paragraphs separated by empty lines, and the split it belongs to."""
+
+    title: str
+    text: str
+    split: str
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One text with its label, the kind of case it is (`plain`, `hard`, `ironic` ...) and its split."""
+
+    text: str
+    label: str
+    kind: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction with an input that may be empty, the wanted output, its category and its split."""
+
+    instruction: str
+    input: str
+    output: str
+    category: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """One paragraph of `languages.tsv`: language code, script, number, text. Equal numbers say the same."""
+
+    language: str
+    script: str
+    number: int
+    text: str
+
+
+def stories_text() -> str:
+    """Return the whole of `stories.txt` as one string (about 100 KB, UTF-8 text with LF line ends)."""
+    return (DATA / "stories.txt").read_text(encoding="utf-8")
+
+
+def load_stories(split: str | None = None) -> list[Story]:
+    """Return the short stories of one split (`train`, `validation` or `test`), or all of them.
+
+    Stories stand apart by three empty lines; the first line of each is its title. The last story is the test
+    split, the one before it the validation split.
+    """
+    parts = [part.strip().split("\n\n", 1) for part in stories_text().split("\n\n\n\n")]
+    splits = ["train"] * (len(parts) - 2) + ["validation", "test"]
+    return _of_split([Story(*part, name) for part, name in zip(parts, splits, strict=True)], split)
+
+
+def load_sms(split: str | None = None) -> list[LabelledText]:
+    """Return text messages labelled `ham` or `spam` of one split, or all of them."""
+    return _of_split(_labelled("sms.tsv"), split)
+
+
+def load_reviews(split: str | None = None) -> list[LabelledText]:
+    """Return short reviews labelled `positive` or `negative` of one split, or all of them."""
+    return _of_split(_labelled("reviews.tsv"), split)
+
+
+def load_instructions(split: str | None = None) -> list[Instruction]:
+    """Return instruction entries of one split, or all of them."""
+    entries = json.loads((DATA / "instructions.json").read_text(encoding="utf-8"))
+    return _of_split([Instruction(**entry) for entry in entries], split)
+
+
+def load_languages(language: str | None = None) -> list[Paragraph]:
+    r"""Return the paragraphs of one language (`en`, `zh`, `code` ...), or all of them.
+
+    In the file a line break, a tab and a backslash inside a text are written `\n`, `\t` and `\\`.
+
+    Raises:
+        ValueError: No paragraph is in this language.
+    """
+    rows = [
+        Paragraph(row["language"], row["script"], int(row["paragraph"]), _unescape(row["text"]))
+        for row in _rows("languages.tsv")
+    ]
+    known = sorted({row.language for row in rows})
+    if language is not None and language not in known:
+        raise ValueError(f"language is {language!r}; allowed are {', '.join(known)}")
+    return [row for row in rows if language in (None, row.language)]
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    with (DATA / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _labelled(name: str) -> list[LabelledText]:
+    return [LabelledText(row["text"], row["label"], row["kind"], row["split"]) for row in _rows(name)]
+
+
+def _of_split(rows: list, split: str | None) -> list:
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+    return [row for row in rows if split in (None, row.split)]
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t").replace("\0", "\\")

@@ -1,0 +1,155 @@
+"""Speculative decoding: what greedy generation writes, in fewer passes of the model.
+
+Something cheap guesses the next few ids, one pass of the model checks them all, and what it would not
+have chosen itself is thrown away. The guesses come from the text so far or from a smaller model.
+
+Left out: batches, and drawing at random (for that a guess is accepted with a probability).
+
+Follows Leviathan et al. (2023, "Fast Inference from Transformers via Speculative Decoding") and, for
+guesses without a model, Saxena (2023, "Prompt Lookup Decoding").
+
+Explained and proven in ch04_gpt/03_generation.ipynb; written from there by `make promote`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shared.generation.decode_step import decode_step
+from shared.generation.engine import check_ids, check_prompts, evaluating
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What speculative decoding wrote, and what it took: the new ids, forward passes of the model (the prompt's
+    included), and how many ids were proposed and accepted."""
+
+    ids: list[int]
+    n_passes: int
+    n_proposed: int
+    n_accepted: int
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the proposed ids that were accepted; 0 if none was proposed."""
+        return self.n_accepted / self.n_proposed if self.n_proposed else 0.0
+
+
+@torch.inference_mode()
+def generate_speculatively(
+    model: nn.Module,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    propose: Callable[[list[int], int], list[int]],
+    *,
+    n_ahead: int = 4,
+    stop_tokens: Sequence[int] = (),
+) -> Speculation:
+    """Write what greedy `generate` writes, in fewer passes of the model (Leviathan et al., 2023).
+
+    `propose` guesses the next ids; one pass of the model checks all of them. Those before the first mistake are
+    accepted, and the model's own choice after them comes for free. A poor guess costs time, never a different id.
+
+    Args:
+        model, prompt, max_new_tokens, stop_tokens: As in `generate`.
+        propose: Called with all ids so far and a number n, it returns up to n ids: `PromptLookup`, `DraftModel`.
+        n_ahead: Most ids to propose for one pass.
+
+    Raises:
+        ValueError: As `generate`; or n_ahead is below 1.
+    """
+    if n_ahead < 1:
+        raise ValueError(f"n_ahead must be at least 1, got {n_ahead}")
+    (ids,) = check_prompts(model, [prompt], max_new_tokens)
+    stops = set(check_ids("stop_tokens", stop_tokens, model.config.vocab_size))
+    device, n_prompt, end = next(model.parameters()).device, len(ids), len(ids) + max_new_tokens
+    caches = model.new_caches(end)
+    n_passes = n_proposed = n_accepted = 0
+    guesses, unread = [], ids
+    with evaluating(model):
+        step = decode_step(model)
+        while True:
+            tokens = torch.tensor([unread + guesses], device=device)
+            # Of the prompt only the last logits are wanted; later, those after the newest id and after each guess.
+            if n_passes:
+                logits = step(tokens, None, None, caches)
+            else:
+                logits = model(tokens, caches=caches, last_only=True)
+            choices = logits[0].argmax(dim=-1).tolist()
+            n_right = next((i for i, guess in enumerate(guesses) if guess != choices[i]), len(guesses))
+            n_passes, n_proposed, n_accepted = n_passes + 1, n_proposed + len(guesses), n_accepted + n_right
+            for cache in caches:
+                cache.crop(cache.length - len(guesses) + n_right)  # forget the wrong guesses
+            unread = choices[n_right : n_right + 1]
+            ids = ids + choices[: n_right + 1]
+            stop = next((i for i in range(len(ids) - n_right - 1, len(ids)) if ids[i] in stops), None)
+            if stop is not None or len(ids) == end:
+                return Speculation(ids[n_prompt:stop], n_passes, n_proposed, n_accepted)
+            n_room = min(n_ahead, end - len(ids) - 1)  # the pass itself adds one id
+            guesses = list(propose(ids, n_room))[:n_room] if n_room else []
+
+
+class PromptLookup:
+    """Propose what followed the last few ids when they occurred before (Saxena, 2023).
+
+    It costs nearly nothing and helps where the text repeats itself or its prompt.
+
+    Args:
+        longest: Most ids to look for; where they are not found, fewer are tried, down to one.
+        corpus: Other text to look in, when the ids so far hold no match.
+
+    Raises:
+        ValueError: longest is below 1.
+    """
+
+    def __init__(self, longest: int = 3, corpus: Sequence[int] = ()) -> None:
+        if longest < 1:
+            raise ValueError(f"longest must be at least 1, got {longest}")
+        self.longest, self._corpus = longest, "".join(map(chr, corpus))
+
+    def __call__(self, ids: list[int], n: int) -> list[int]:
+        """Return up to n proposed ids; none if even the last id is new."""
+        text = "".join(map(chr, ids))  # an id becomes a character: str.rfind is a fast search for sequences
+        for size in range(min(self.longest, len(ids)), 0, -1):
+            for place, end in ((text, len(text) - 1), (self._corpus, len(self._corpus) - 1)):
+                found = place.rfind(text[-size:], 0, end)
+                if found >= 0:
+                    return [ord(character) for character in place[found + size : found + size + n]]
+        return []
+
+
+class DraftModel:
+    """Propose what a smaller model of the same vocabulary would write greedily. It keeps its own caches.
+
+    Args:
+        model: A decoder, as for `generate`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._caches, self._read = model.new_caches(), []  # the ids that the caches hold
+
+    @torch.inference_mode()
+    def __call__(self, ids: list[int], n: int) -> list[int]:
+        """Return n proposed ids, fewer at the end of the small model's context."""
+        n = min(n, self.model.config.context_length + 1 - len(ids))
+        n_same = min(len(self._read), len(ids) - 1)
+        while self._read[:n_same] != ids[:n_same]:
+            n_same -= 1
+        for cache in self._caches:
+            cache.crop(n_same)
+        self._read, unread, proposed = ids[:n_same], ids[n_same:], []
+        device = next(self.model.parameters()).device
+        with evaluating(self.model):
+            step = decode_step(self.model)
+            while len(proposed) < n:
+                tokens = torch.tensor([unread], device=device)
+                if self._read:
+                    logits = step(tokens, None, None, self._caches)
+                else:
+                    logits = self.model(tokens, caches=self._caches, last_only=True)
+                self._read, unread = self._read + unread, [int(logits[0, -1].argmax())]
+                proposed += unread
+        return proposed

@@ -1,0 +1,14 @@
+"""What notebooks and the scripts beside them use to show and keep what they measure. In reading order:
+
+- `plotting`: one style for all figures, and the few kinds that recur.
+- `proof`: ours beside a trusted implementation, in one line.
+- `results`: main figures, recorded for the table of `make run`.
+- `records`: CSV files that grow row by row.
+"""
+
+from shared.notebook.plotting import heat_map, label_line, use_style
+from shared.notebook.proof import compare
+from shared.notebook.records import replace_rows
+from shared.notebook.results import record
+
+__all__ = ["compare", "heat_map", "label_line", "record", "replace_rows", "use_style"]

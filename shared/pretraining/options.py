@@ -1,0 +1,219 @@
+"""The options of `ch05_pretraining/pretrain.py`: one data class, filled by a TOML recipe and the command line.
+
+Left out: the loop itself. The options of a run are stored in its checkpoints, and those that are not marked `free`
+must be the same when it is continued.
+"""
+
+import argparse
+import os
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from shared.model.gpt import PRESETS
+from shared.training.optimizers import OPTIMIZERS
+from shared.training.schedules import SCHEDULES
+
+
+def option(default: object, help: str, *, choices: tuple[str, ...] = (), free: bool = False) -> Any:
+    """Return a field of `Options`; a `free` one may change when a run is continued."""
+    kind = str if default is None else type(default)
+    metadata = {"help": help, "choices": choices, "free": free, "kind": kind}
+    if isinstance(default, list | dict):
+        return field(default_factory=kind, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a run depends on; stored in every checkpoint."""
+
+    # fmt: off
+    # ruff: noqa: RUF009
+    out: str = option("", "folder of the run", free=True)
+    data: list[str] = option([], "text files and folders, or the word tales")
+    validation_data: list[str] = option([], "text files and folders for validation, in place of a held-out share")
+    validation_fraction: float = option(0.01, "share of the documents held out for validation")
+    pattern: str = option("*.txt", "which files of a folder are read")
+    separator: str | None = option(None, "what stands between two documents of a file (\\n is a line break); "
+                                         "none: a file is one document")
+    tokenizer: str = option("tales", "tales, gpt2 or a path ending in .tiktoken")
+    workers: int = option(os.cpu_count() or 1, "processes that tokenise", free=True)
+    shards: str | None = option(None, "folder for token shards; none: OUT/shards", free=True)
+    tales_stories: int = option(100_000, "tales for training")
+    tales_seed: int = option(1, "seed of the training tales")
+    tales_validation: int = option(400, "tales for validation")
+    tales_validation_seed: int = option(0, "seed of the validation tales")
+    rows: str = option("documents", "a row is a document from its beginning, or a window of the stream",
+                       choices=("documents", "windows"))
+    length_pool: int = option(8, "batches of documents that are sorted by length together; 1: none")
+    preset: str = option("tales-1m", "shape of the model", choices=tuple(PRESETS))
+    model: dict[str, object] = option({}, "changes to the preset, as NAME=VALUE ...: n_layers=2 qk_norm=true")
+    mimetic: bool = option(False, "first weights of attention that look for and copy tokens: keys are half queries, "
+                                   "outputs undo values")
+    start_from: str | None = option(None, "trained weights to begin with, a name or folder for load_pretrained; "
+                                          "layers that they lack are added on top")
+    steps: int = option(1000, "updates")
+    batch_size: int = option(16, "rows of an update, all processes together")
+    accumulation: int = option(1, "parts in which a process computes its rows of an update")
+    optimizer: str = option("muon", "", choices=tuple(OPTIMIZERS))
+    learning_rate: float = option(0.003, "peak; with muon that of everything but the matrices")
+    matrix_learning_rate: float = option(0.02, "peak for the matrices, muon only")
+    weight_decay: float = option(0.01, "decoupled, on matrices")
+    beta1: float = option(0.9, "AdamW's average of gradients")
+    beta2: float = option(0.95, "AdamW's average of squares")
+    schedule: str = option("wsd", "learning rate over the steps", choices=tuple(SCHEDULES))
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    decay: float = option(0.5, "share of the steps in which wsd falls to 0")
+    repeat_weight: float = option(0.0, "extra weight in the loss of rare targets that stand earlier in their row, with "
+                                       "documents as rows: teaches early to look back")
+    repeat_share: float = option(0.004, "a token is rare if at most this share of the training tokens is the same")
+    repeat_from: int = option(0, "first step with the extra weight, counted from 0")
+    repeat_until: int = option(0, "first step without it again")
+    exact_targets: bool = option(False, "tales as documents: the loss is its expected value over all tokens that the "
+                                        "grammar allows in a place, not that of the one that was drawn")
+    outside_weight: float = option(0.0, "with exact targets: extra weight of the part of the loss that comes from "
+                                        "probability for tokens that cannot stand there")
+    balance_weight: float = option(0.01, "mixtures of experts: factor of the loss that keeps all experts busy")
+    max_grad_norm: float = option(1.0, "longer gradients are shortened to it; 0: never")
+    precision: str = option("float32", "of the matrix products", choices=("float32", "bf16"))
+    compile: bool = option(False, "torch.compile: needs a C++ compiler, pays off in long runs")
+    parallel: str = option("ddp", "several processes: each with the whole model, or with a part",
+                           choices=("ddp", "fsdp"))
+    device: str = option("auto", "", choices=("auto", "cpu", "cuda"))
+    threads: int = option(0, "CPU threads of a process; 0: torch decides")
+    seed: int = option(0, "of weights, order of the data and dropout")
+    log_every: int = option(10, "steps between two looks at the losses", free=True)
+    evaluate_every: int = option(200, "steps", free=True)
+    evaluation_rows: int = option(400, "most rows of an evaluation", free=True)
+    checkpoint_every: int = option(200, "steps", free=True)
+    keep_last: int = option(2, "checkpoints kept", free=True)
+    spike_factor: float = option(3.0, "a loss above this many times the median of the last 100 is an explosion; "
+                                      "0: only one that is not finite", free=True)
+    on_divergence: str = option("stop", "stop, or go back to the last checkpoint and skip the batches since",
+                                choices=("stop", "rollback"), free=True)
+    max_rollbacks: int = option(3, "after so many rollbacks, stop", free=True)
+    tensorboard: bool = option(True, "write logs for TensorBoard", free=True)
+    export: str | None = option(None, "folder for the finished model, in the format of shared/checkpoints",
+                                free=True)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            allowed, value = each.metadata["choices"], getattr(self, each.name)
+            kind = each.metadata["kind"]
+            fits = isinstance(value, int | float if kind is float else kind) or (
+                value is None is each.default
+            )
+            if not fits or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{each.name} is {value!r}; {kind.__name__} is needed")
+            if allowed and value not in allowed:
+                raise ValueError(f"{each.name} is {value!r}; allowed: {', '.join(allowed)}")
+        at_least_1 = (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "workers",
+            "log_every",
+            "evaluate_every",
+            "keep_last",
+        )
+        at_least_1 += (
+            "evaluation_rows",
+            "checkpoint_every",
+            "tales_stories",
+            "tales_validation",
+            "length_pool",
+        )
+        not_negative = (
+            "warmup_steps",
+            "max_grad_norm",
+            "spike_factor",
+            "seed",
+            "max_rollbacks",
+            "threads",
+            "repeat_weight",
+            "balance_weight",
+            "outside_weight",
+        )
+        for name in (*at_least_1, *not_negative):
+            smallest = int(name in at_least_1)
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
+        if not self.out or not self.data:
+            raise ValueError(f"{'data' if self.out else 'out'} is missing")
+        if self.repeat_weight and self.rows != "documents":
+            raise ValueError(f"repeat_weight is {self.repeat_weight}; it needs rows=documents")
+        if self.exact_targets and not (self.is_tales and self.rows == "documents"):
+            raise ValueError(
+                "exact_targets needs data=tales and rows=documents: no other source is known exactly"
+            )
+        if self.outside_weight and not self.exact_targets:
+            raise ValueError(f"outside_weight is {self.outside_weight}; it needs exact_targets")
+        if self.start_from and self.mimetic:
+            raise ValueError(
+                f"start_from is {self.start_from}; mimetic is for a model that begins without weights"
+            )
+        if self.is_tales and self.tokenizer != "tales":
+            raise ValueError(f"tokenizer is {self.tokenizer!r}; tales have their own")
+
+    @property
+    def is_tales(self) -> bool:
+        """Whether the data are generated."""
+        return self.data == ["tales"]
+
+
+def read_options(usage: str, arguments: list[str] | None = None) -> Options:
+    """Return the options: those of the command line over those of the recipe over the defaults.
+
+    Args:
+        usage: What `--help` shows; its first paragraph stands before the options.
+        arguments: Of the command line; None: those of this process.
+
+    Raises:
+        ValueError: A recipe that cannot be read, an unknown option or a value that is not allowed.
+    """
+    summary, _, usage = usage.partition("\n\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=style)
+    parser.add_argument("--recipe", help="TOML file of options, which the command line overrides")
+    for each in fields(Options):
+        kind, text = each.metadata["kind"], each.metadata["help"].replace("%", "%%")
+        default = "" if kind in (list, dict) else f" (default: {each.default})"
+        keywords: dict[str, Any] = {"help": text + default, "default": argparse.SUPPRESS}
+        if kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif kind in (list, dict):
+            keywords |= {"nargs": "+", "metavar": "PATH" if kind is list else "NAME=VALUE"}
+        else:
+            keywords |= {"type": kind, "choices": each.metadata["choices"] or None}
+        parser.add_argument("--" + each.name.replace("_", "-"), **keywords)
+    given = vars(parser.parse_args(arguments))
+    recipe = given.pop("recipe", None)
+    values: dict[str, Any] = {}
+    try:
+        if recipe is not None:
+            values = tomllib.loads(Path(recipe).read_text(encoding="utf-8"))
+        if "model" in given:
+            given["model"] = values.get("model", {}) | dict(map(_assignment, given["model"]))
+    except OSError as error:
+        raise ValueError(f"recipe {recipe} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{f'recipe {recipe}' if recipe else '--model'} cannot be read: {error}") from error
+    if "separator" in given:
+        given["separator"] = given["separator"].replace("\\n", "\n")
+    if unknown := sorted(values.keys() - {each.name for each in fields(Options)}):
+        raise ValueError(f"recipe {recipe} has unknown options: {', '.join(unknown)}")
+    return Options(**{**values, **given})
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    """Return name and value of NAME=VALUE, the value as in TOML; a word needs no quotes."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value

@@ -1,0 +1,386 @@
+"""Text files to token shards on disk: tokenised once, in parallel, in bounded memory, and continued after a stop.
+
+The files are cut into jobs of about equal size. Each job writes `train-*.npy` and `validation-*.npy` (files of
+`shared.text.dataset.write_token_file`, every document followed by the end token) and then a small `job-*.json`, which
+says that the job is done. A killed run leaves the finished jobs; the next run does the others. The folder's name
+holds a checksum of everything that the result depends on, so changed texts or settings get a new folder.
+
+Left out: cleaning and removal of duplicates (`shared.text.cleaning`), files that are compressed or not UTF-8, two runs
+that write into one folder at the same time.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import tiktoken
+
+from shared.data.download import gpt2_encoding
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import TaleGenerator
+from shared.text.dataset import encode_documents, write_token_file
+from shared.text.tokenizer import BPETokenizer
+
+PIECE_BYTES = 1 << 20  # of text in memory at a time
+HEAD_BYTES = 4096  # of a document that decide its side
+SIDES = ("train", "validation")
+
+# A stretch of a file: path, first byte, byte after the last, size of the file. The true ends are looked for by the
+# job that reads it.
+Stretch = tuple[str, int, int, int]
+
+
+@dataclass(frozen=True)
+class TextShards:
+    """The result of `tokenise` and `tokenise_tales`: files in order, and counts of all of them together.
+
+    Attributes:
+        folder: Where they are; its name stands for the texts and the settings.
+        train, validation: Paths of the token files.
+        counts: For each side "tokens" (end tokens included) and "documents".
+        sha256: Checksum of the training tokens.
+        floor: For tales the mean of -log p of the validation stories in nats, otherwise None.
+    """
+
+    folder: Path
+    train: list[Path]
+    validation: list[Path]
+    counts: dict[str, dict[str, int]]
+    sha256: str
+    floor: float | None = None
+
+
+def load_encoding(tokenizer: str) -> tiktoken.Encoding:
+    """Return the tokenizer "tales", "gpt2" or one in a `.tiktoken` file (split by GPT-2's pattern).
+
+    Raises:
+        ValueError: Another name, or a file that cannot be read.
+    """
+    if tokenizer == "tales":
+        return tale_encoding()
+    if tokenizer == "gpt2":
+        return gpt2_encoding()
+    if not tokenizer.endswith(".tiktoken"):
+        raise ValueError(f"tokenizer is {tokenizer!r}; allowed: tales, gpt2, a path ending in .tiktoken")
+    try:
+        return BPETokenizer.load(tokenizer).to_tiktoken(Path(tokenizer).stem)
+    except OSError as error:
+        raise ValueError(f"tokenizer {tokenizer} cannot be read: {error.strerror}") from error
+
+
+def find_text_files(paths: Sequence[str | os.PathLike], pattern: str = "*.txt") -> list[Path]:
+    """Return the files among `paths`, and those below its folders whose name fits `pattern`, sorted within each.
+
+    Raises:
+        ValueError: A path is neither file nor folder, a folder has no such file, or a file cannot be opened.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = sorted(file for file in path.rglob(pattern) if file.is_file())
+            if not below:
+                raise ValueError(f"{path} holds no file that fits {pattern!r}")
+            found += below
+        else:
+            found.append(path)
+    for path in found:
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    return found
+
+
+def tokenise(
+    paths: Sequence[str | os.PathLike],
+    folder: str | os.PathLike,
+    tokenizer: str,
+    *,
+    validation_fraction: float = 0.0,
+    separator: str | None = None,
+    pattern: str = "*.txt",
+    seed: int = 0,
+    workers: int = 1,
+    job_bytes: int = 1 << 26,
+) -> TextShards:
+    """Tokenise text files into shards below `folder`; what an earlier call has done is not done again.
+
+    Args:
+        paths: Text files (UTF-8) and folders.
+        folder: The shards get a folder of their own in it.
+        tokenizer: As for `load_encoding`.
+        validation_fraction: Share of the documents for validation, chosen by a checksum of their first 4,096 bytes:
+            equal documents land on the same side.
+        separator: What stands between two documents of a file; None: a file is one document.
+        pattern: Which files of a folder are read.
+        seed: Another seed chooses other documents for validation.
+        workers: Processes. Each holds a few MB of text.
+        job_bytes: Text of one job and of one shard.
+
+    Raises:
+        ValueError: A bad argument, or a file that cannot be read or is not UTF-8. Finished jobs are kept.
+    """
+    if not 0 <= validation_fraction <= 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}; it must be from 0 to 1")
+    if separator == "":
+        raise ValueError("separator is empty; leave it out where a file is one document")
+    if workers < 1 or job_bytes < 1:
+        raise ValueError(f"workers is {workers}, job_bytes {job_bytes}; both must be at least 1")
+    files = find_text_files(paths, pattern)
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    settings = [_fingerprint(load_encoding(tokenizer)), validation_fraction, separator, seed, job_bytes]
+    target = _folder_for(folder, [settings, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
+    jobs = _plan([(path, stat.st_size) for path, stat in stats], job_bytes)
+    work = partial(_run_job, target, tokenizer, validation_fraction, separator, seed)
+    open_jobs = [(n, job) for n, job in enumerate(jobs) if not (target / f"job-{n:05d}.json").exists()]
+    if workers == 1 or len(open_jobs) < 2:
+        for number, job in open_jobs:
+            work(number, job)
+    else:
+        # "spawn" because a fork would copy the threads of torch in an unknown state.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+            futures = [pool.submit(work, number, job) for number, job in open_jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return _collect(target, len(jobs))
+
+
+def tokenise_tales(
+    folder: str | os.PathLike, n_stories: int, seed: int, n_validation: int, validation_seed: int
+) -> TextShards:
+    """Write tales as shards below `folder`: `n_stories` for training, `n_validation` of another seed."""
+    if n_stories < 1 or n_validation < 1:
+        raise ValueError(f"n_stories is {n_stories}, n_validation {n_validation}; at least 1 is needed")
+    if seed == validation_seed:
+        raise ValueError(f"seed and validation_seed are both {seed}; validation needs other stories")
+    encoding = tale_encoding()
+    settings = ["tales", _fingerprint(encoding), n_stories, seed, n_validation, validation_seed]
+    # One story of the grammar as it is now: another grammar must not find the shards of the old one.
+    target = _folder_for(folder, [*settings, TaleGenerator(seed).sample().text])
+    if not (target / "job-00000.json").exists():
+        counts, floor = {}, 0.0
+        for side, n, source in (("train", n_stories, seed), ("validation", n_validation, validation_seed)):
+
+            def texts(side: str = side, n: int = n, source: int = source) -> Iterator[str]:
+                nonlocal floor
+                for story in TaleGenerator(source).stories(n):
+                    floor -= story.log_probability / n if side == "validation" else 0.0
+                    yield story.text
+
+            chunks = encode_documents(texts(), encoding.encode_ordinary, encoding.eot_token)
+            n_tokens = write_token_file(target / f"{side}-00000.npy", chunks, encoding.n_vocab)
+            counts[side] = {"tokens": n_tokens, "documents": n}
+        _write_job(target, 0, {**counts, "floor": floor})
+    return _collect(target, 1)
+
+
+def _folder_for(folder: str | os.PathLike, settings: list) -> Path:
+    text = json.dumps(settings, sort_keys=True)
+    target = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _fingerprint(encoding: tiktoken.Encoding) -> str:
+    tokens = sorted(encoding.token_byte_values(), key=encoding.encode_single_token)
+    return hashlib.sha256(repr((tokens, encoding.eot_token)).encode()).hexdigest()
+
+
+def _plan(files: list[tuple[str, int]], job_bytes: int) -> list[list[Stretch]]:
+    """Cut large files into stretches and gather small ones, to jobs of about `job_bytes`."""
+    jobs: list[list[Stretch]] = [[]]
+    room = job_bytes
+    for path, size in files:
+        for start in range(0, size, job_bytes):
+            end = min(start + job_bytes, size)
+            if jobs[-1] and end - start > room:
+                jobs.append([])
+                room = job_bytes
+            jobs[-1].append((path, start, end, size))
+            room -= end - start
+    if not jobs[-1]:
+        raise ValueError("the text files are empty")
+    return jobs
+
+
+def _run_job(
+    target: Path,
+    tokenizer: str,
+    fraction: float,
+    separator: str | None,
+    seed: int,
+    number: int,
+    job: list[Stretch],
+) -> None:
+    """Write the shards of one job, and its `job-*.json` last."""
+    encoding = load_encoding(tokenizer)
+    for litter in target.glob(f"*-{number:05d}.npy.*.part"):  # of a run that was killed in this job
+        litter.unlink(missing_ok=True)
+    counts = {}
+    for side in SIDES:
+        counts[side] = {"tokens": 0, "documents": 0}
+        chunks = _encode_job(job, encoding, fraction, separator, seed, side, counts[side])
+        first = next(chunks, None)
+        if first is not None:
+            write_token_file(target / f"{side}-{number:05d}.npy", chain([first], chunks), encoding.n_vocab)
+    _write_job(target, number, counts)
+
+
+def _encode_job(
+    job: list[Stretch],
+    encoding: tiktoken.Encoding,
+    fraction: float,
+    separator: str | None,
+    seed: int,
+    side: str,
+    counts: dict[str, int],
+) -> Iterator[list[int]]:
+    """Yield the token ids of the documents of one side, piece by piece, and count them."""
+    for stretch in job:
+        path = stretch[0]
+        # A stretch in the middle of a file goes on with a document that has text already.
+        goes_on = separator is None and stretch[1] > 0
+        wanted, is_first, has_text = True, True, goes_on
+        for piece, ends in _pieces(stretch, separator):
+            if is_first:
+                head = piece[:HEAD_BYTES] if separator is not None else _head(path)
+                digest = hashlib.sha256(f"{seed}\0".encode() + head).digest()
+                held_out = int.from_bytes(digest[:8], "big") < fraction * 2**64
+                wanted, has_text = held_out == (side == "validation"), goes_on
+            is_first = ends
+            if not wanted:
+                continue
+            try:
+                text = piece.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not UTF-8 text ({error.reason}: {error.object[error.start]:#x})"
+                ) from None
+            has_text |= not text.isspace() and text != ""
+            ids = encoding.encode_ordinary(text) if has_text else []
+            if ends and has_text:
+                ids.append(encoding.eot_token)
+                counts["documents"] += 1
+            counts["tokens"] += len(ids)
+            if ids:
+                yield ids
+
+
+def _pieces(stretch: Stretch, separator: str | None) -> Iterator[tuple[bytes, bool]]:
+    """Yield the text of a stretch in pieces, each with whether a document ends there.
+
+    A document longer than a piece is cut before a space that follows a printable ASCII character: no token of the
+    usual patterns reaches across such a place, so the ids are those of the whole.
+    """
+    path, start, end, size = stretch
+    mark = separator.encode() if separator is not None else None
+    with open(path, "rb") as file:
+        start = _cut(file, start, mark) if start else 0
+        end = _cut(file, end, mark) if end < size else size
+        file.seek(start)
+        left, buffer = end - start, b""
+        while left > 0:
+            data = file.read(min(PIECE_BYTES, left))
+            if not data:
+                raise ValueError(f"{path} became shorter while it was read")
+            left -= len(data)
+            buffer += data
+            if mark is not None:
+                *documents, buffer = buffer.split(mark)
+                yield from ((document, True) for document in documents)
+            while len(buffer) >= PIECE_BYTES and left:
+                at = _last_safe_cut(buffer, len(buffer) - len(mark or b""))
+                if not at and len(buffer) < 4 * PIECE_BYTES:
+                    break  # no space in all of it: read on
+                if not at:  # a script without spaces: anywhere between two characters
+                    at = len(buffer) - len(mark or b"") - 1
+                    while buffer[at] & 0xC0 == 0x80:
+                        at -= 1
+                yield buffer[:at], False
+                buffer = buffer[at:]
+        # The end of a stretch is the end of a document, unless the file is one and goes on.
+        if buffer:
+            yield buffer, mark is not None or end == size
+
+
+def _last_safe_cut(buffer: bytes, limit: int) -> int:
+    at = buffer.rfind(b" ", 1, limit)
+    while at > 0 and not 0x21 <= buffer[at - 1] <= 0x7E:
+        at = buffer.rfind(b" ", 1, at)
+    return max(at, 0)
+
+
+def _cut(file, position: int, mark: bytes | None) -> int:
+    """Return where the stretch after byte `position` begins: after a separator, or before a space as in `_pieces`."""
+    file.seek(position)
+    buffer = b""
+    while data := file.read(PIECE_BYTES):
+        buffer += data
+        if mark is not None:
+            if (at := buffer.find(mark)) >= 0:
+                return position + at + len(mark)
+            drop = max(0, len(buffer) - len(mark) + 1)
+        else:
+            at = buffer.find(b" ", 1)
+            while at > 0 and not 0x21 <= buffer[at - 1] <= 0x7E:
+                at = buffer.find(b" ", at + 1)
+            if at > 0:
+                return position + at
+            drop = len(buffer) - 1
+        position, buffer = position + drop, buffer[drop:]
+    return position + len(buffer)
+
+
+def _head(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def _write_job(target: Path, number: int, content: dict) -> None:
+    """Write the file that says that a job is done."""
+    train = target / f"train-{number:05d}.npy"
+    digest = None
+    if train.exists():
+        with train.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    path = target / f"job-{number:05d}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({**content, "sha256": digest}), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _collect(target: Path, n_jobs: int) -> TextShards:
+    counts = {side: {"tokens": 0, "documents": 0} for side in SIDES}
+    floor, checksum = None, hashlib.sha256()
+    for number in range(n_jobs):
+        done = json.loads((target / f"job-{number:05d}.json").read_text(encoding="utf-8"))
+        floor = done.get("floor")
+        checksum.update(str(done["sha256"]).encode())
+        for side in SIDES:
+            for key in counts[side]:
+                counts[side][key] += done[side][key]
+    train, validation = (sorted(target.glob(f"{side}-*.npy")) for side in SIDES)
+    return TextShards(target, train, validation, counts, checksum.hexdigest(), floor)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when the main process is killed; without this it would wait for work for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,24 @@
+"""Stories without limit whose entropy is known, and what can be computed about them. In reading order:
+
+- `grammar`: the grammar's file read and checked.
+- `generator`: stories by seed, their probability, the entropy of all of them.
+- `scoring`: how much of a written text the grammar allows.
+- `encoding`: the tokenizer of the tales.
+- `distribution`: the exact chances of every next token.
+"""
+
+from shared.tales.distribution import expected_loss, next_tokens
+from shared.tales.encoding import tale_encoding
+from shared.tales.generator import TaleGenerator, derivations, entropy, log_probability
+from shared.tales.scoring import score
+
+__all__ = [
+    "TaleGenerator",
+    "derivations",
+    "entropy",
+    "expected_loss",
+    "log_probability",
+    "next_tokens",
+    "score",
+    "tale_encoding",
+]

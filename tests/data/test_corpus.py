@@ -1,0 +1,152 @@
+"""The bundled data: size, labels, encoding, splits, and no near-duplicates."""
+
+import re
+import unicodedata
+from collections import Counter
+
+import pytest
+
+from shared.data.corpus import (
+    DATA,
+    SPLITS,
+    load_instructions,
+    load_languages,
+    load_reviews,
+    load_sms,
+    load_stories,
+    stories_text,
+)
+
+TEXT_FILES = (
+    "stories.txt",
+    "sms.tsv",
+    "reviews.tsv",
+    "instructions.json",
+    "languages.tsv",
+    "tales_grammar.txt",
+)
+
+
+def five_grams(text: str) -> set[str]:
+    """Return the character 5-grams of a text whose digits and capitalised words are masked."""
+    masked = re.sub(r"\d+", "0", re.sub(r"\b[A-Z][a-z]+\b", "N", text))
+    masked = re.sub(r"\s+", " ", masked.lower())
+    return {masked[i : i + 5] for i in range(max(1, len(masked) - 4))}
+
+
+def near_duplicates(texts: list[str], limit: float = 0.5) -> list[tuple[str, str]]:
+    """Return the pairs of texts whose 5-gram sets have a Jaccard similarity of at least `limit`."""
+    sets, holders, found = [five_grams(text) for text in texts], {}, []
+    for number, grams in enumerate(sets):
+        shared = Counter(other for gram in grams for other in holders.get(gram, ()))
+        for other, count in shared.items():
+            if count >= limit * (len(grams) + len(sets[other]) - count):
+                found.append((texts[other], texts[number]))
+        for gram in grams:
+            holders.setdefault(gram, []).append(number)
+    return found
+
+
+def instruction_texts() -> list[str]:
+    return [f"{entry.instruction} {entry.input}".strip() for entry in load_instructions()]
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_files_are_clean_utf8(name):
+    raw = (DATA / name).read_bytes()
+    text = raw.decode("utf-8")
+    assert (
+        b"\r" not in raw
+        and not text.startswith("\ufeff")
+        and text.endswith("\n")
+        and not text.endswith("\n\n")
+    )
+    assert unicodedata.normalize("NFC", text) == text
+    control = [c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"]
+    assert not control
+    assert "\ufffd" not in text
+
+
+def test_stories():
+    stories = load_stories()
+    assert len(stories_text().encode()) >= 60_000
+    assert [story.split for story in stories] == ["train"] * 10 + ["validation", "test"]
+    assert len({story.title for story in stories}) == len(stories)
+    for story in stories:
+        assert len(story.text.split()) > 1_000
+        assert len(story.title.split()) <= 8 and "\n" not in story.title
+        assert not re.search(r"\n\n\n|[ \t]$", story.text, re.MULTILINE)
+    assert stories_text() == "\n\n\n\n".join(f"{s.title}\n\n{s.text}" for s in stories) + "\n"
+
+
+def test_no_two_stories_share_a_paragraph():
+    # Within a story an echo is the author's: a parrot repeats the loudspeaker.
+    paragraphs = {
+        line: story.title for story in load_stories() for line in story.text.splitlines() if len(line) > 60
+    }
+    pairs = near_duplicates(list(paragraphs))
+    assert [(a, b) for a, b in pairs if paragraphs[a] != paragraphs[b]] == []
+
+
+@pytest.mark.parametrize(
+    ("load", "labels", "kinds", "at_least"),
+    [
+        (load_sms, {"ham", "spam"}, {"plain", "hard"}, 1_000),
+        (load_reviews, {"positive", "negative"}, {"plain", "mixed", "ironic", "negated"}, 400),
+    ],
+)
+def test_labelled_texts(load, labels, kinds, at_least):
+    rows = load()
+    assert len(rows) >= at_least
+    assert {row.label for row in rows} == labels
+    combinations = {(label, kind, split) for label in labels for kind in kinds for split in SPLITS}
+    assert {(row.label, row.kind, row.split) for row in rows} == combinations
+    assert all(row.text == row.text.strip() and row.text for row in rows)
+    assert len({row.text.casefold() for row in rows}) == len(rows)
+    assert sum(len(load(split)) for split in SPLITS) == len(rows)
+    assert near_duplicates([row.text for row in rows]) == []
+
+
+def test_labels_are_balanced_as_documented():
+    reviews = Counter(row.label for row in load_reviews())
+    assert reviews["positive"] == reviews["negative"]
+    sms = Counter((row.label, row.kind) for row in load_sms())
+    assert sms["ham", "hard"] >= 100 and sms["spam", "hard"] >= 100
+
+
+def test_instructions():
+    entries = load_instructions()
+    assert len(entries) >= 400
+    assert {entry.split for entry in entries} == set(SPLITS)
+    assert all(entry.instruction and entry.output for entry in entries)
+    assert 0.3 < sum(bool(entry.input) for entry in entries) / len(entries) < 0.7
+    assert min(Counter(entry.category for entry in entries).values()) >= 25
+    assert near_duplicates(instruction_texts()) == []
+
+
+def test_languages():
+    paragraphs = load_languages()
+    assert {p.language for p in paragraphs} == {"en", "de", "ru", "ar", "hi", "zh", "ja", "code"}
+    assert Counter(p.language for p in paragraphs) == dict.fromkeys({p.language for p in paragraphs}, 6)
+    assert any("\n    " in p.text for p in load_languages("code"))
+    assert all("\n" not in p.text for p in paragraphs if p.language != "code")
+    assert any("\\" in p.text for p in load_languages("code"))
+
+
+def test_the_near_duplicate_check_finds_a_planted_pair():
+    texts = [
+        "Meet Anna at the station at 8, bring the blue folder",
+        "Meet Tom at the station at 9, bring the blue folder",
+    ]
+    assert len(near_duplicates([*texts, "Nothing like the others at all"])) == 1
+
+
+@pytest.mark.parametrize("load", [load_stories, load_sms, load_reviews, load_instructions])
+def test_unknown_split_is_an_error(load):
+    with pytest.raises(ValueError, match=r"split is 'dev'; allowed are train, validation, test"):
+        load("dev")
+
+
+def test_unknown_language_is_an_error():
+    with pytest.raises(ValueError, match=r"language is 'xx'; allowed are ar, code"):
+        load_languages("xx")

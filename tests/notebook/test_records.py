@@ -1,0 +1,40 @@
+"""`shared/notebook/records.py`: rows replace those of the same key, the file is written whole or not at all."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from shared.notebook.records import replace_rows
+from shared.pretraining.processes import cpu_name
+
+COLUMNS = ["name", "seed", "loss"]
+
+
+def by_name(row: dict) -> tuple[str, int]:
+    return row["name"], int(row["seed"])
+
+
+def rows_of(path: Path) -> list[tuple[str, ...]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [tuple(row.values()) for row in csv.DictReader(file)]
+
+
+def test_new_rows_replace_those_of_their_key_and_are_sorted(tmp_path):
+    path = tmp_path / "record.csv"
+    replace_rows(path, COLUMNS, [{"name": "b", "seed": 0, "loss": 1.0}, {"name": "b", "seed": 10}], by_name)
+    replace_rows(path, COLUMNS, [{"name": "a", "seed": 1, "loss": 3.0}], by_name)
+    replace_rows(path, COLUMNS, [{"name": "b", "seed": 0, "loss": loss} for loss in (5, 4)], by_name)
+    assert rows_of(path) == [("a", "1", "3.0"), ("b", "0", "5"), ("b", "0", "4"), ("b", "10", "")]
+
+
+def test_a_wrong_row_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "record.csv"
+    replace_rows(path, COLUMNS, [{"name": "a", "seed": 1, "loss": 3.0}], by_name)
+    with pytest.raises(ValueError, match="lost"):
+        replace_rows(path, COLUMNS, [{"name": "b", "seed": 1, "lost": 3.0}], by_name)
+    assert rows_of(path) == [("a", "1", "3.0")] and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_processor_has_a_name():
+    assert cpu_name().strip()

@@ -1,0 +1,214 @@
+"""`shared.pretraining.shards`: the tokens of the whole texts, however they are cut, interrupted and shared out."""
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.pretraining import shards as text_shards
+from shared.pretraining.shards import find_text_files, load_encoding, tokenise, tokenise_tales
+from shared.tales.encoding import TALE_TOKENIZER_FILE, tale_encoding
+from shared.tales.generator import TaleGenerator
+from shared.text.dataset import open_token_file
+
+ENCODING = tale_encoding()
+END = ENCODING.eot_token
+
+
+def tokens(paths: list[Path]) -> list[int]:
+    return np.concatenate([open_token_file(path) for path in paths]).tolist() if paths else []
+
+
+def expected(documents: list[str]) -> list[int]:
+    return [token for text in documents for token in (*ENCODING.encode_ordinary(text), END)]
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """Return a folder of three files of stories with a blank line between them."""
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    for number, name in enumerate(("b.txt", "a.txt", "deep/c.txt")):
+        (folder / name).write_text(TaleGenerator(number).text(9_000), encoding="utf-8")
+    (folder / "notes.md").write_text("not read")
+    return folder
+
+
+def stories_of(folder: Path) -> list[str]:
+    names = ("a.txt", "b.txt", "deep/c.txt")
+    texts = [(folder / name).read_text(encoding="utf-8") for name in names]
+    return [story for text in texts for story in text.split("\n\n")[:-1]]
+
+
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=6)
+small_texts = st.lists(
+    st.lists(words | st.sampled_from(["a", "it's", "1999", "  ", "\n"]), min_size=1), min_size=1, max_size=4
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(parts=small_texts, separated=st.booleans(), job_bytes=st.sampled_from([7, 40, 10_000]))
+def test_pieces_have_the_tokens_of_the_whole(parts, separated, job_bytes, tmp_path_factory):
+    documents = [" ".join(part).replace("#", "") for part in parts]
+    folder = tmp_path_factory.mktemp("texts")
+    if separated:
+        (folder / "all.txt").write_bytes("##".join(documents).encode())
+    else:
+        for number, document in enumerate(documents):
+            (folder / f"{number}.txt").write_bytes(document.encode())
+    kept = [text for text in documents if text and not text.isspace()]
+    if not any(documents):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_shards, "PIECE_BYTES", 24)
+        # Only a text without a space may be cut anywhere; here no piece may.
+        patch.setattr(text_shards, "_last_safe_cut", cut_or_wait)
+        found = tokenise(
+            [folder], folder / "shards", "tales", separator="##" if separated else None, job_bytes=job_bytes
+        )
+    assert tokens(found.train) == expected(kept) and found.validation == []
+    assert found.counts["train"] == {"tokens": len(expected(kept)), "documents": len(kept)}
+
+
+real_cut = text_shards._last_safe_cut
+
+
+def cut_or_wait(buffer: bytes, limit: int) -> int:
+    """Cut as the module does, but never where it would cut a text without spaces anywhere."""
+    text_shards.PIECE_BYTES = max(24, len(buffer))
+    return real_cut(buffer, limit)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_documents_are_divided_by_their_content_and_processes_change_nothing(workers, texts, tmp_path):
+    options = {"validation_fraction": 0.2, "separator": "\n\n", "job_bytes": 4_000}
+    found = tokenise([texts], tmp_path / "shards", "tales", workers=workers, **options)
+    stories = stories_of(texts)
+    both = tokens(found.train), tokens(found.validation)
+    assert len(found.train) > 5 and both[0].count(END) + both[1].count(END) == len(stories)
+    decoded = [ENCODING.decode(side).split("<|endoftext|>")[:-1] for side in both]
+    assert sorted(decoded[0] + decoded[1]) == sorted(stories) and not set(decoded[0]) & set(decoded[1])
+    assert 0.05 < len(decoded[1]) / len(stories) < 0.4
+    one_job = tokenise([texts], tmp_path / "other", "tales", **{**options, "job_bytes": 10**6})
+    assert tokens(one_job.train) == both[0] and tokens(one_job.validation) == both[1]
+    assert found.counts == one_job.counts
+
+
+def test_finished_jobs_are_not_done_again(texts, tmp_path, monkeypatch):
+    options = {"separator": "\n\n", "job_bytes": 4_000}
+    expected_tokens = tokens(tokenise([texts], tmp_path / "unbroken", "tales", **options).train)
+    real, done = text_shards._run_job, []
+
+    def interrupted(*arguments):
+        if len(done) == 3:
+            (arguments[0] / "train-00003.npy.1.part").write_bytes(b"half")  # what a kill leaves behind
+            raise KeyboardInterrupt
+        done.append(arguments[-2])
+        real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(text_shards, "_run_job", interrupted)
+        tokenise([texts], tmp_path / "shards", "tales", **options)
+    again = []
+    monkeypatch.setattr(text_shards, "_run_job", lambda *a: (again.append(a[-2]), real(*a)))
+    found = tokenise([texts], tmp_path / "shards", "tales", **options)
+    assert done == [0, 1, 2] and again == list(range(3, len(found.train)))
+    assert tokens(found.train) == expected_tokens and not list(found.folder.glob("*.part"))
+    again.clear()
+    assert tokenise([texts], tmp_path / "shards", "tales", **options) == found and again == []
+
+
+def test_changed_texts_or_settings_get_another_folder(texts, tmp_path):
+    first = tokenise([texts], tmp_path / "shards", "tales")
+    assert tokenise([texts], tmp_path / "shards", "tales", separator="\n\n").folder != first.folder
+    (texts / "a.txt").write_text("Once upon a time.")
+    second = tokenise([texts], tmp_path / "shards", "tales")
+    assert second.folder != first.folder and second.sha256 != first.sha256
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    peaks = []
+    for size in (3_000_000, 12_000_000):
+        path = tmp_path / f"{size}.txt"
+        path.write_bytes(b"the quick brown fox jumps over " * (size // 31))
+        tracemalloc.start()
+        tokenise([path], tmp_path / "shards", "tales", job_bytes=1 << 30)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 60e6
+
+
+def test_a_text_without_spaces_is_cut_between_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_shards, "PIECE_BYTES", 16)
+    text = "猫在垫子上" * 40
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = tokenise([tmp_path / "a.txt"], tmp_path / "shards", "tales", job_bytes=100)
+    assert ENCODING.decode(tokens(found.train)[:-1]) == text
+
+
+def test_tales_are_written_with_their_floor(tmp_path):
+    found = tokenise_tales(tmp_path, 20, 5, 7, 6)
+    train, held_out = list(TaleGenerator(5).stories(20)), list(TaleGenerator(6).stories(7))
+    assert tokens(found.train) == expected([story.text for story in train])
+    assert tokens(found.validation) == expected([story.text for story in held_out])
+    assert found.floor == pytest.approx(-sum(story.log_probability for story in held_out) / 7)
+    assert found.counts["train"]["documents"] == 20
+    written = os.stat(found.train[0]).st_mtime_ns
+    assert tokenise_tales(tmp_path, 20, 5, 7, 6) == found and os.stat(found.train[0]).st_mtime_ns == written
+    assert tokenise_tales(tmp_path, 21, 5, 7, 6).folder != found.folder
+    with pytest.raises(ValueError, match="seed and validation_seed are both 5"):
+        tokenise_tales(tmp_path, 20, 5, 7, 5)
+    with pytest.raises(ValueError, match="n_stories is 0"):
+        tokenise_tales(tmp_path, 0, 5, 7, 6)
+
+
+def test_the_tokenizers(tmp_path):
+    assert load_encoding(str(TALE_TOKENIZER_FILE)).encode_ordinary("Once upon") == ENCODING.encode_ordinary(
+        "Once upon"
+    )
+    with pytest.raises(ValueError, match="tokenizer is 'bert'; allowed: tales, gpt2, a path"):
+        load_encoding("bert")
+    with pytest.raises(ValueError, match=r"none\.tiktoken cannot be read: No such file"):
+        load_encoding(str(tmp_path / "none.tiktoken"))
+
+
+def test_unreadable_input_is_named_and_finished_jobs_stay(texts, tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.txt cannot be read: No such file"):
+        find_text_files([texts, tmp_path / "gone.txt"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no file that fits '\*\.txt'"):
+        find_text_files([tmp_path / "empty"])
+    assert [path.name for path in find_text_files([texts, texts / "notes.md"])] == [
+        "a.txt",
+        "b.txt",
+        "c.txt",
+        "notes.md",
+    ]
+    (texts / "z.txt").write_bytes(b"fine until \xff here")
+    with pytest.raises(ValueError, match=r"z\.txt is not UTF-8 text \(invalid start byte: 0xff\)"):
+        tokenise([texts], tmp_path / "shards", "tales", job_bytes=4_000)
+    [folder] = (tmp_path / "shards").iterdir()
+    assert len(list(folder.glob("job-*.json"))) > 2 and not list(folder.glob("*.part"))
+    assert json.loads((folder / "job-00000.json").read_text())["train"]["tokens"] > 0
+    (tmp_path / "nothing.txt").write_text("")
+    with pytest.raises(ValueError, match="the text files are empty"):
+        tokenise([tmp_path / "nothing.txt"], tmp_path / "shards", "tales")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_fraction": 1.5}, "validation_fraction is 1.5"),
+        ({"separator": ""}, "separator is empty"),
+        ({"workers": 0}, "workers is 0"),
+        ({"job_bytes": 0}, "job_bytes 0"),
+    ],
+)
+def test_bad_arguments(options, message, texts, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tokenise([texts], tmp_path / "shards", "tales", **options)

@@ -1,0 +1,357 @@
+"""`shared.text.cleaning`: each step on the case it fixes and the case it must not break, against trusted libraries."""
+
+import html
+import math
+import unicodedata
+from html.entities import html5
+from itertools import combinations
+
+import ftfy
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.data.corpus import load_languages, load_sms, load_stories
+from shared.text import cleaning
+from shared.text.cleaning import (
+    DEFAULT_STEPS,
+    QUALITY_LIMITS,
+    candidate_probability,
+    clean,
+    collapse_blank,
+    contaminated,
+    deduplicate,
+    drop_repeated_lines,
+    fix_mojibake,
+    jaccard,
+    minhash_signature,
+    near_duplicates,
+    normalise_newlines,
+    normalise_unicode,
+    quality_problems,
+    quality_report,
+    remove_boilerplate,
+    remove_control_characters,
+    rows_per_band,
+    shingles,
+    unescape_html,
+)
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates and control characters too
+PROSE = [paragraph.text for paragraph in load_languages() if paragraph.language != "code"]
+STORIES = [story.text for story in load_stories()]
+
+
+def misread(text: str) -> str:
+    """Return UTF-8 text as a reader of Windows-1252 sees it."""
+    return "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_mojibake_of_every_language_is_repaired(times):
+    for text in PROSE:
+        broken = text
+        for _ in range(times):
+            broken = misread(broken)
+        assert fix_mojibake(broken) == text
+
+
+def test_mojibake_read_as_latin1_is_repaired():
+    assert all(fix_mojibake(text.encode("utf-8").decode("latin-1")) == text for text in PROSE)
+
+
+def test_mojibake_agrees_with_ftfy_on_broken_and_unbroken_text():
+    texts = [*PROSE, *STORIES, *(message.text for message in load_sms()), *map(misread, PROSE)]
+    assert [fix_mojibake(text) for text in texts] == [ftfy.fix_encoding(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NÃO, SÃO PAULO, “MAÇÃ”",
+        "MAÇÃ\xa0PODRE",
+        "„Das macht Spaß“",
+        "« allé…»",
+        "É…",
+        "„Ä“",
+        "“Ø”",
+        "MENÜ™",
+        "maçã”…",
+        "crème brûlée",
+        "Ð",
+        "",
+    ],
+)
+def test_genuine_letters_are_no_mojibake(text):
+    assert fix_mojibake(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["Â", "Â£5", "IÂ\xa0said", "voilÃ\xa0 Paul", "Ð’ Ð½", "sÃ»r", "ÃŽle", "ðŸ˜€"]
+)
+def test_short_mojibake_sequences(text):
+    expected = {"Â": "Â", "Â£5": "£5", "IÂ\xa0said": "I\xa0said", "voilÃ\xa0 Paul": "voilà Paul"}
+    expected |= {"Ð’ Ð½": "В н", "sÃ»r": "sûr", "ÃŽle": "Île", "ðŸ˜€": "😀"}
+    assert fix_mojibake(text) == expected[text]
+
+
+def test_every_named_reference_agrees_with_the_standard_library():
+    names = [f"&{name}" for name in html5 if name.endswith(";")]
+    numbers = [f"&#{number};" for number in (0, 9, 38, 128, 159, 0xD800, 0x10FFFF, 0x110000)]
+    assert [unescape_html(text) for text in names + numbers] == [html.unescape(t) for t in names + numbers]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x < y and y > z",
+        "a<b and b>c",
+        "List<String>",
+        "I <3 you",
+        "AT&T",
+        "?a=1&copy=2",
+        "&nothing;",
+        "<>",
+        "< p >",
+    ],
+)
+def test_what_only_looks_like_html_stays(text):
+    assert unescape_html(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('<a href="x?a=1" class=b>link</a>', "link"),
+        ("<P>one</P>", "\n\none\n\n"),
+        ("one<br>two<BR />three", "one\ntwo\nthree"),
+        ("<script type='a'>if (a < b) {}</script>text<style>p {}</style>", "text"),
+        ("<!DOCTYPE html><!-- no > text -->yes", "yes"),
+        ("&lt;b&gt;", "<b>"),
+        ("&amp;lt;", "&lt;"),
+    ],
+)
+def test_html_is_removed(text, expected):
+    assert unescape_html(text) == expected
+
+
+def test_newlines_of_every_kind():
+    assert normalise_newlines("a\r\nb\rc\nd\x0be\x0cf\x85g\u2028h\u2029i") == "\n".join("abcdefghi")
+    assert normalise_newlines("a\r\n\r\nb\r\rc") == "a\n\nb\n\nc"
+
+
+@given(ANY_TEXT)
+def test_control_characters_are_gone_and_the_rest_is_utf8(text):
+    cleaned = remove_control_characters(text)
+    assert {c for c in cleaned if unicodedata.category(c) == "Cc"} <= {"\n", "\t"}
+    cleaned.encode("utf-8")
+
+
+def test_joiners_and_direction_marks_stay():
+    text = "क्\u200dष می\u200cخواهم 👩\u200d🚀 \u200fא"
+    assert remove_control_characters(text) == text
+    assert remove_control_characters("a\u200b\ufeff\xad\u2060b\ud800") == "ab\ufffd"
+
+
+@given(ANY_TEXT)
+def test_unicode_form_is_nfc(text):
+    assert normalise_unicode(text) == unicodedata.normalize("NFC", text)
+
+
+def test_compatibility_characters_are_kept_apart():
+    assert normalise_unicode("x² ½ ﬁ e\u0301") == "x² ½ ﬁ é"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two three four five\n" * 3 + "six", "one two three four five\nsix"),
+        ("one two three four five\n\none two three four five\n\nsix", "one two three four five\n\nsix"),
+        ("Never.\nNever.", "Never.\nNever."),
+        (
+            "one two three four five\nno\none two three four five",
+            "one two three four five\nno\none two three four five",
+        ),
+        ("\n\n", "\n\n"),
+        ("", ""),
+    ],
+)
+def test_repeated_lines(text, expected):
+    assert drop_repeated_lines(text) == expected
+
+
+def test_minimum_length_of_a_repeated_line():
+    assert drop_repeated_lines("No.\nNo.", minimum_words=1) == "No."
+
+
+def test_blank_space():
+    assert collapse_blank("\n a  b\t\tc\xa0d \n\n\n\n    e\n") == " a b c d\n\n    e"
+
+
+def test_headers_and_footers_go_and_inner_lines_stay():
+    bodies = ["Dear Bette,\nfirst\nDear Bette,\nsecond", "third\n\nfourth", "fifth"]
+    pages = [f"Gannet - Page {n}\n{body}\nfor private use" for n, body in enumerate(bodies, 9)]
+    assert remove_boilerplate(pages) == bodies
+
+
+def test_two_documents_are_too_few_for_a_header():
+    assert remove_boilerplate(["same\na", "same\nb"]) == ["same\na", "same\nb"]
+    assert remove_boilerplate([]) == []
+    assert remove_boilerplate(["", "", ""]) == ["", "", ""]
+
+
+@pytest.mark.parametrize("text", STORIES + PROSE, ids=range(len(STORIES) + len(PROSE)))
+def test_clean_prose_is_left_alone(text):
+    assert clean(text) == text
+
+
+def test_clean_applies_the_steps_in_order():
+    assert clean("abc", steps=[str.upper, lambda text: text + "d"]) == "ABCd"
+    assert clean("a\x00  b", steps=()) == "a\x00  b"
+    assert clean("\ufeff<p>caf\u00c3\u00a9</p>\r\n&shy;") == "café"
+
+
+@given(ANY_TEXT)
+@settings(max_examples=200)
+def test_clean_takes_any_string(text):
+    clean(text).encode("utf-8")
+
+
+def test_mojibake_must_come_first():
+    closing = misread("“Hi”")
+    assert clean(closing) == "“Hi”"
+    assert clean(closing, steps=(remove_control_characters, *DEFAULT_STEPS)) != "“Hi”"
+
+
+@given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)))
+def test_jaccard_by_its_definition(first, second):
+    first, second = set(map(str, first)), set(map(str, second))
+    expected = len(first & second) / len(first | second) if first | second else 1
+    assert jaccard(first, second) == jaccard(second, first) == expected
+
+
+def test_shingles_by_hand():
+    assert shingles("The sea, the SEA!", n=2) == {"the sea", "sea the"}
+    assert shingles("one two", n=5) == {"one two"}
+    assert shingles("...", n=5) == set()
+
+
+@pytest.mark.parametrize("shared_items", [0, 20, 50, 80, 100])
+def test_minhash_estimates_jaccard_within_its_standard_error(shared_items):
+    first = {f"a{i}" for i in range(100)}
+    second = {f"a{i}" for i in range(100 - shared_items, 200 - shared_items)}
+    exact, places = jaccard(first, second), 4096
+    agree = (minhash_signature(first, places) == minhash_signature(second, places)).mean()
+    assert abs(agree - exact) <= 4 * math.sqrt(exact * (1 - exact) / places)
+
+
+def test_signature_does_not_depend_on_order_but_on_the_seed():
+    items = [f"item {i}" for i in range(30)]
+    assert np.array_equal(minhash_signature(items), minhash_signature(reversed(items)))
+    assert not np.array_equal(minhash_signature(items), minhash_signature(items, seed=1))
+    assert minhash_signature(items, permutations=7).shape == (7,)
+    assert len(set(minhash_signature([]).tolist())) == 1
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9])
+def test_bands_find_pairs_at_the_threshold(threshold):
+    rows = rows_per_band(threshold, 128)
+    assert 128 % rows == 0
+    assert candidate_probability(threshold, rows, 128 // rows) >= 0.99
+    assert candidate_probability(threshold, 2 * rows, 64 // rows) < 0.99
+
+
+def test_candidate_probability_at_its_ends():
+    assert candidate_probability(0, 4, 32) == 0
+    assert candidate_probability(1, 4, 32) == 1
+    assert candidate_probability(0.5, 1, 1) == 0.5
+
+
+@pytest.fixture(scope="module")
+def pages_with_copies():
+    pages = [page for story in STORIES[:4] for page in story.split("\n\n") if len(page.split()) > 60]
+    copies = [" ".join([*page.split()[:-2], "quite", "other"]) for page in pages[::3]]
+    return [*pages, *copies, pages[0]]
+
+
+def test_near_duplicates_equal_those_of_all_pairs(pages_with_copies):
+    sets = [shingles(page) for page in pages_with_copies]
+    pairs = [(i, j, jaccard(sets[i], sets[j])) for i, j in combinations(range(len(sets)), 2)]
+    assert near_duplicates(pages_with_copies) == [pair for pair in pairs if pair[2] >= 0.8]
+
+
+def test_deduplicate_keeps_one_of_each_group(pages_with_copies):
+    kept = deduplicate(pages_with_copies)
+    dropped = set(range(len(pages_with_copies))) - set(kept)
+    pairs = {(i, j) for i, j, _ in near_duplicates(pages_with_copies)}
+    assert dropped
+    assert not any(i in kept and j in kept for i, j in pairs)
+    assert all(any((i, j) in pairs for i in kept) for j in dropped)
+
+
+def test_duplicates_in_small_collections():
+    assert near_duplicates([]) == [] and deduplicate([]) == []
+    assert near_duplicates(["", ""]) == [(0, 1, 1.0)]
+    assert deduplicate(["same old words", "Same, old words!", "others"]) == [0, 2]
+
+
+def test_quality_by_hand():
+    report = quality_report("The cat and the cat and the cat. #")
+    assert report["words"] == 8
+    assert report["mean_word_length"] == 3
+    assert report["symbol_share"] == pytest.approx(1 / 34)
+    assert report["stop_word_share"] == 5 / 8
+    assert report["repetition"] == pytest.approx(3 / 6)
+    assert quality_report("") == dict.fromkeys(QUALITY_LIMITS, 0)
+
+
+def test_stories_pass_and_rubbish_falls():
+    assert all(quality_problems(story) == [] for story in STORIES)
+    assert set(quality_problems("buy lamp oil " * 40)) == {"stop_word_share", "repetition"}
+    assert "symbol_share" in quality_problems("| > | » " * 40)
+    assert quality_problems("short", limits={"words": (1, 5)}) == []
+
+
+def test_contamination_by_hand():
+    words = [f"w{i}" for i in range(40)]
+    leak = " ".join(words[:20])
+    shares = contaminated(
+        [" ".join(words), " ".join(words[20:]), "too short"], ["some text", leak.upper() + "!"]
+    )
+    assert shares[0] == pytest.approx(8 / 28)
+    assert shares[1] == 0
+    assert math.isnan(shares[2])
+    assert contaminated([leak], [leak.replace("w10", "x")], n=13) == [0]
+    assert contaminated([leak], [leak.replace("w10", "x")], n=8) == [pytest.approx(5 / 13)]
+    assert contaminated([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: clean(None), TypeError, "NoneType"),
+        (lambda: clean(b"bytes"), TypeError, "bytes"),
+        (lambda: remove_boilerplate("one text"), TypeError, "documents"),
+        (lambda: remove_boilerplate(["a", 1]), TypeError, "documents"),
+        (lambda: remove_boilerplate(["a"], minimum_share=0), ValueError, "minimum_share is 0"),
+        (lambda: remove_boilerplate(["a"], edge=0), ValueError, "edge is 0"),
+        (lambda: shingles("a", n=0), ValueError, "n is 0"),
+        (lambda: minhash_signature(["a"], permutations=0), ValueError, "permutations is 0"),
+        (lambda: near_duplicates(["a"], threshold=1.5), ValueError, "threshold is 1.5"),
+        (lambda: near_duplicates("text"), TypeError, "documents"),
+        (lambda: deduplicate(["a"], threshold=0), ValueError, "threshold is 0"),
+        (lambda: contaminated(["a"], ["a"], n=0), ValueError, "n is 0"),
+        (lambda: contaminated("a", ["a"]), TypeError, "documents"),
+        (lambda: contaminated(["a"], "a"), TypeError, "documents"),
+        (lambda: quality_problems("a", limits={"beauty": (0, 1)}), ValueError, "beauty"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_the_module_is_short():
+    with open(cleaning.__file__, encoding="utf-8") as file:
+        assert len(file.readlines()) < 300
