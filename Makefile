@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+TOOLS := .venv/.installed-test
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help lab run test promote processors refresh clean
 
@@ -14,16 +16,16 @@ lab: $(READY) ## open the course in JupyterLab
 run: $(READY) ## execute every notebook (outputs go to build/) and print the results; CH=ch03, FROM=ch04/02, STOP=1
 	$(BIN)/python -m tests.tools.run_notebooks $(if $(CH),--chapter $(CH)) $(if $(FROM),--from $(FROM)) $(if $(STOP),--stop)
 
-test: $(READY) ## verify everything: lint, promotion, tests, every notebook's stored outputs
+test: $(TOOLS) ## verify everything: lint, promotion, tests, every notebook's stored outputs
 	$(BIN)/python -m tests.tools.verify
 
-promote: $(READY) ## write shared/ from the notebook cells tagged promote:<module>
+promote: $(TOOLS) ## write shared/ from the notebook cells tagged promote:<module>
 	$(BIN)/python -m tests.tools.promote
 
-processors: $(READY) ## compare notebooks (NB=...) under other orders of sums, as on other processors (SEEDS="1 2 3")
+processors: $(TOOLS) ## compare notebooks (NB=...) under other orders of sums, as on other processors (SEEDS="1 2 3")
 	$(BIN)/python -m tests.tools.processors $(NB) $(if $(SEEDS),--seeds $(SEEDS))
 
-refresh: $(READY) ## rewrite the stored outputs of all notebooks, or of NB=path/to/notebook.ipynb
+refresh: $(TOOLS) ## rewrite the stored outputs of all notebooks, or of NB=path/to/notebook.ipynb
 	$(BIN)/python -m tests.tools.promote
 	$(BIN)/python -m tests.tools.run_notebooks --write $(NB)
 
@@ -32,5 +34,9 @@ clean: ## remove the virtual environment and everything that a run left behind
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(PIP) -r requirements.txt -c constraints.txt
 	@touch $(READY)
+
+$(TOOLS): $(READY)
+	$(PIP) -e ".[test]" -c constraints.txt
+	@touch $(TOOLS)

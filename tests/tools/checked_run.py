@@ -1,9 +1,13 @@
 """The surroundings in which notebooks are executed and compared: environment variables, and the order of sums."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nbval.kernel import RunningKernel
+if TYPE_CHECKING:
+    from nbval.kernel import RunningKernel  # not needed, and not always installed, where notebooks are only run
 
 ORDER_OF_SUMS = "OTHER_PROCESSOR"  # the variable that holds the seed of `other_processor.install`
 DEFAULT_SEED = 1
