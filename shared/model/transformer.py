@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shared.checks import check_sizes
 from shared.model.attention import KeyValueCache, MultiHeadAttention
-from shared.model.positions import SinusoidalPositions, check_sizes
+from shared.model.positions import SinusoidalPositions
 from shared.model.seq2seq import State
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}

@@ -3,7 +3,7 @@
 `SimpleTokenizer` knows whole words and punctuation marks, and replaces each word it has not seen by one
 unknown token. It leaves out subwords and bytes.
 
-Explained and proven in ch02_text_data/01_cleaning.ipynb; written from there by `make promote`.
+Explained and proven in ch02_text_data/02_words_and_tokens.ipynb; written from there by `make promote`.
 """
 
 import re
