@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.checks import check_sizes
+from shared.checks import check_sizes, require
 
 
 def rows_at(positions: Tensor, table: Tensor) -> Tensor:
@@ -73,8 +73,7 @@ def sinusoidal_positions(context_length: int, emb_dim: int, base: float = 10000.
     check_sizes(context_length=context_length, emb_dim=emb_dim)
     if emb_dim % 2:
         raise ValueError(f"emb_dim must be even, for pairs of sine and cosine; got {emb_dim}")
-    if not base > 1:
-        raise ValueError(f"base must be above 1, got {base}")
+    require("base", base, base > 1, "above 1")
     frequencies = base ** (-torch.arange(0, emb_dim, 2).double() / emb_dim)  # (emb_dim / 2,)
     angles = torch.arange(context_length).double()[:, None] * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
@@ -212,8 +211,7 @@ def rotary_inverse_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
     check_sizes(head_dim=head_dim)
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, for pairs to rotate; got {head_dim}")
-    if not base > 1:
-        raise ValueError(f"base must be above 1, got {base}")
+    require("base", base, base > 1, "above 1")
     return 1.0 / base ** (torch.arange(0, head_dim, 2).float() / head_dim)
 
 
@@ -311,10 +309,8 @@ def scaled_rotary_frequencies(
         ValueError: The kind is unknown, or a number is out of range.
     """
     frequencies = rotary_inverse_frequencies(head_dim, base)
-    if not factor >= 1.0:
-        raise ValueError(f"factor must be at least 1, got {factor}")
-    if original_length < 1:
-        raise ValueError(f"original_length must be at least 1, got {original_length}")
+    require("factor", factor, factor >= 1.0, "at least 1")
+    check_sizes(original_length=original_length)
     if kind == "none":
         return frequencies, 1.0
     if kind == "linear":
