@@ -216,6 +216,7 @@ class MultiHeadAttention(nn.Module):
         kv_dim: int | None = None,
     ) -> None:
         super().__init__()
+        # Sizes are checked one by one, then what must fit together.
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         given = {"emb_dim": emb_dim, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
         given |= {"head_dim": head_dim, "window": window, "kv_dim": kv_dim}
@@ -229,11 +230,13 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"window={window} needs causal=True")
         if kv_dim is not None and (causal or rotary is not None):
             raise ValueError("cross-attention (kv_dim) takes neither causal nor rotary")
+        # What the forward pass asks for.
         self.emb_dim, self.kv_dim = emb_dim, kv_dim
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim = emb_dim // n_heads if head_dim is None else head_dim
         self.dropout, self.causal, self.window = dropout, causal, window
         self.rotary, self.query_norm, self.key_norm = rotary, query_norm, key_norm
+        # One projection where queries, keys and values come from the same vectors, two where they do not.
         query_dim, key_value_dim = n_heads * self.head_dim, 2 * n_kv_heads * self.head_dim
         if kv_dim is None:
             self.qkv = nn.Linear(emb_dim, query_dim + key_value_dim, bias=qkv_bias)

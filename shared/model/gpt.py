@@ -118,6 +118,7 @@ class GPTConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        # Each field by itself: its type, sizes of at least 1, known names.
         for field in fields(self):
             name, kind, value = field.name, field.type, getattr(self, field.name)
             fits = isinstance(value, int | float if kind is float else kind)
@@ -127,6 +128,7 @@ class GPTConfig:
                 check_sizes(**{name: value})
             if name in _CHOICES:
                 check_choice(name, value, _CHOICES[name])
+        # Then ranges, and what must fit together.
         heads, experts = self.n_heads, self.n_experts
         divided = self.head_dim is not None or self.emb_dim % heads == 0
         # Both kinds of position pair the numbers of a vector.

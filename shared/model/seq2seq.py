@@ -277,10 +277,12 @@ def beam_search(
         growing = [hypothesis for hypothesis in beam if not hypothesis.finished]
         if not growing:
             break
+        # One step of the model for all of them together.
         previous = source_ids.new_tensor([h.ids[-1] if h.ids else start_id for h in growing])
         logits, state = model.decode_step(previous, state)
         scores = logits.double().log_softmax(dim=1)  # (hypotheses, V)
         scores = scores + scores.new_tensor([h.log_probability for h in growing]).unsqueeze(1)
+        # The best continuations of any hypothesis, beside those that have ended (row -1).
         best = scores.flatten().topk(min(beam_size, scores.numel()))
         candidates = [(h, -1) for h in beam if h.finished]
         for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
@@ -288,6 +290,7 @@ def beam_search(
             finished = symbol == end_id
             ids = growing[row].ids if finished else (*growing[row].ids, symbol)
             candidates.append((Hypothesis(ids, score, finished), row))
+        # The best of both stay, and of the state the rows of those that still grow.
         candidates.sort(key=lambda candidate: -candidate[0].log_probability)
         beam = [hypothesis for hypothesis, _ in candidates[:beam_size]]
         kept = [row for hypothesis, row in candidates[:beam_size] if not hypothesis.finished]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
-from shared.checks import check_several, require, whole_number
+from shared.checks import check_between, check_several, require, whole_number
 
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -200,14 +200,15 @@ def write_token_file(path: str | os.PathLike, chunks: Iterable[TokenIds], vocab_
         vocab_size: Every id must be below it.
     """
     path = Path(path)
-    if whole_number("vocab_size", vocab_size) > 2**32:
-        raise ValueError(f"vocab_size is {vocab_size:,}; at most {2**32:,} is allowed")
+    check_between("vocab_size", whole_number("vocab_size", vocab_size), 1, 2**32)
+    # The smallest type that holds every id; the file gets its name when it is complete.
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     header = {"descr": dtype.str, "fortran_order": False}
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     n_tokens = 0
     try:
         with part.open("wb") as file:
+            # A header to hold the place, then the ids piece by piece.
             np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
             for number, chunk in enumerate(chunks):
                 ids = _id_array(f"chunks[{number}]", chunk)
@@ -218,8 +219,8 @@ def write_token_file(path: str | os.PathLike, chunks: Iterable[TokenIds], vocab_
                 n_tokens += len(ids)
             if not n_tokens:
                 raise ValueError("chunks holds no tokens; a token file needs at least one")
+            # NumPy pads the header for any length, so the true one takes exactly the place of the first.
             file.seek(0)
-            # NumPy pads the header for any length, so the new one takes exactly the place of the old.
             np.lib.format.write_array_header_1_0(file, {**header, "shape": (n_tokens,)})
             file.flush()
             os.fsync(file.fileno())

@@ -62,12 +62,12 @@ def train_merges(counts: Mapping[str, int], n_merges: int) -> list[tuple[bytes, 
 
     Each step merges the most frequent pair; ties go to the lexicographically greater pair of byte strings.
     """
-    words = [to_symbols(piece.encode("utf-8")) for piece in counts]
+    words = [to_symbols(piece.encode("utf-8")) for piece in counts]  # each distinct piece once
     occurrences = list(counts.values())
     tokens, merges = list(SINGLE_BYTES), []
     # Sorts greater byte strings first: bytes are inverted, and the end sign comes after every byte.
     keys = ["".join(chr(255 - byte) for byte in token) + chr(256) for token in tokens]
-    pair_counts, words_with = defaultdict(int), defaultdict(set)
+    pair_counts, words_with = defaultdict(int), defaultdict(set)  # how often a pair stands, in which words
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
             pair_counts[pair] += occurrences[i]
@@ -76,6 +76,7 @@ def train_merges(counts: Mapping[str, int], n_merges: int) -> list[tuple[bytes, 
     def entry(pair: str) -> tuple[int, str, str]:
         return -pair_counts[pair], keys[ord(pair[0])] + keys[ord(pair[1])], pair
 
+    # The most frequent pair is merged, again and again.
     heap = [entry(pair) for pair in pair_counts]
     heapify(heap)
     while heap and len(merges) < n_merges:
@@ -89,6 +90,7 @@ def train_merges(counts: Mapping[str, int], n_merges: int) -> list[tuple[bytes, 
         merges.append((tokens[left], tokens[right]))
         tokens.append(tokens[left] + tokens[right])
         keys.append(keys[left][:-1] + keys[right])
+        # Only the words that hold it change, and with them the pairs on both sides of the new token.
         gained = set()
         for i in words_with.pop(pair):
             parts = words[i].split(pair)
@@ -160,8 +162,7 @@ def _require_specials(argument: str, tokens: Names, known: Names | None = None) 
     for token in tokens:
         _require_text(token, f"{argument}: an element")
         if not token or [*tokens].count(token) > 1 or token not in (tokens if known is None else known):
-            allowed = f"among {known}" if known else "texts, each once"
-            raise ValueError(f"{argument} must be {allowed}, got {token!r}")
+            raise ValueError(f"{argument} must be of {known or 'texts, each once'}, got {token!r}")
 
 
 def _scanner(special_tokens: Names) -> regex.Pattern:
@@ -368,7 +369,7 @@ class BPETokenizer:
             buffer, parts, gathered, position = buffer + "".join(parts), [], 0, 0
             # A special token that begins before the limit is complete in the buffer.
             limit = len(buffer) if text is None else max(0, len(buffer) - longest + 1)
-            for match in scanner.finditer(buffer):
+            for match in scanner.finditer(buffer):  # segments that end in a special token; the rest follows
                 if match.start() >= limit:
                     break
                 if match.group() in disallowed:

@@ -429,7 +429,7 @@ def test_a_file_is_not_visible_before_it_is_complete(tmp_path):
 
 @pytest.mark.parametrize("vocab_size", [0, 2**32 + 1])
 def test_vocabularies_that_are_refused(tmp_path, vocab_size):
-    with pytest.raises(ValueError, match="vocab_size is"):
+    with pytest.raises(ValueError, match="vocab_size must be"):
         write_token_file(tmp_path / "ids.npy", [[0]], vocab_size)
 
 
