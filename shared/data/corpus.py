@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.checks import check_choice
+
 DATA = Path(__file__).resolve().parent
 SPLITS = ("train", "validation", "test")
 
@@ -98,8 +100,8 @@ def load_languages(language: str | None = None) -> list[Paragraph]:
         for row in _rows("languages.tsv")
     ]
     known = sorted({row.language for row in rows})
-    if language is not None and language not in known:
-        raise ValueError(f"language is {language!r}; allowed are {', '.join(known)}")
+    if language is not None:
+        check_choice("language", language, known)
     return [row for row in rows if language in (None, row.language)]
 
 
@@ -113,8 +115,8 @@ def _labelled(name: str) -> list[LabelledText]:
 
 
 def _of_split(rows: list, split: str | None) -> list:
-    if split is not None and split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+    if split is not None:
+        check_choice("split", split, SPLITS)
     return [row for row in rows if split in (None, row.split)]
 
 

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.checks import check_dropout, check_sizes
+
 
 def causal_mask(
     n_queries: int, n_keys: int | None = None, window: int | None = None, device: torch.device | None = None
@@ -70,8 +72,7 @@ def scaled_dot_product_attention(
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ValueError(f"query (.., Q, d_k), key (.., K, d_k), value (.., K, d_v) do not fit: {shapes}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    check_dropout(dropout)
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (..., queries, keys)
     if attention_mask is None:
         weights = scores.softmax(dim=-1)
@@ -109,8 +110,7 @@ class KeyValueCache:
     """
 
     def __init__(self, max_length: int) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        check_sizes(max_length=max_length)
         self.max_length = max_length
         self.length = 0
         self._keys: Tensor | None = None
@@ -216,27 +216,27 @@ class MultiHeadAttention(nn.Module):
         kv_dim: int | None = None,
     ) -> None:
         super().__init__()
+        # Sizes are checked one by one, then what must fit together.
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         given = {"emb_dim": emb_dim, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
         given |= {"head_dim": head_dim, "window": window, "kv_dim": kv_dim}
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes(**{name: size for name, size in given.items() if size is not None})
         if head_dim is None and emb_dim % n_heads:
             raise ValueError(f"emb_dim={emb_dim} is not divisible by n_heads={n_heads}; give head_dim")
         if n_heads % n_kv_heads:
             raise ValueError(f"n_heads={n_heads} is not divisible by n_kv_heads={n_kv_heads}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(dropout)
         if window is not None and not causal:
             raise ValueError(f"window={window} needs causal=True")
         if kv_dim is not None and (causal or rotary is not None):
             raise ValueError("cross-attention (kv_dim) takes neither causal nor rotary")
+        # What the forward pass asks for.
         self.emb_dim, self.kv_dim = emb_dim, kv_dim
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim = emb_dim // n_heads if head_dim is None else head_dim
         self.dropout, self.causal, self.window = dropout, causal, window
         self.rotary, self.query_norm, self.key_norm = rotary, query_norm, key_norm
+        # One projection where queries, keys and values come from the same vectors, two where they do not.
         query_dim, key_value_dim = n_heads * self.head_dim, 2 * n_kv_heads * self.head_dim
         if kv_dim is None:
             self.qkv = nn.Linear(emb_dim, query_dim + key_value_dim, bias=qkv_bias)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from shared.checks import check_choice, check_sizes, choose, require
 from shared.model.attention import KeyValueCache, MultiHeadAttention
 from shared.model.layers import (
     FEED_FORWARDS,
@@ -27,7 +28,6 @@ from shared.model.layers import (
     TransformerBlock,
     build_feed_forward,
     build_norm,
-    choose,
 )
 from shared.model.positions import (
     LearnedPositions,
@@ -118,15 +118,17 @@ class GPTConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        # Each field by itself: its type, sizes of at least 1, known names.
         for field in fields(self):
             name, kind, value = field.name, field.type, getattr(self, field.name)
             fits = isinstance(value, int | float if kind is float else kind)
             if not fits or isinstance(value, bool) != (kind is bool):
                 raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
-            if kind in (int, int | None) and value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if value not in _CHOICES.get(name, (value,)):
-                raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
+            if kind in (int, int | None) and value is not None:
+                check_sizes(**{name: value})
+            if name in _CHOICES:
+                check_choice(name, value, _CHOICES[name])
+        # Then ranges, and what must fit together.
         heads, experts = self.n_heads, self.n_experts
         divided = self.head_dim is not None or self.emb_dim % heads == 0
         # Both kinds of position pair the numbers of a vector.
@@ -142,8 +144,8 @@ class GPTConfig:
             ("n_active_experts", self.n_active_experts <= experts, f"at most n_experts={experts}"),
             (paired, not paired or getattr(self, paired) % 2 == 0, f"even for {self.positions} positions"),
         ):
-            if not holds:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+            if name is not None:
+                require(name, getattr(self, name), holds, allowed)
 
     @property
     def actual_head_dim(self) -> int:

@@ -15,15 +15,14 @@ Explained and proven in ch04_gpt/01_building_blocks.ipynb; written from there by
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-T = TypeVar("T")
+from shared.checks import check_dropout, check_sizes, choose, require
 
 
 class LayerNorm(nn.Module):
@@ -42,7 +41,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
-        check_norm_arguments(dim, eps)
+        check_sizes(dim=dim)
+        require("eps", eps, eps >= 0.0, "at least 0")
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
@@ -51,14 +51,6 @@ class LayerNorm(nn.Module):
         """Normalise x (..., dim); the shape stays."""
         check_width(x, self.dim)
         return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
-
-
-def check_norm_arguments(dim: int, eps: float) -> None:
-    """Raise ValueError unless dim is at least 1 and eps is not negative."""
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, got {dim}")
-    if not eps >= 0.0:
-        raise ValueError(f"eps must not be negative, got {eps}")
 
 
 def check_width(x: Tensor, dim: int) -> None:
@@ -93,7 +85,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         hidden_dim = 4 * emb_dim if hidden_dim is None else hidden_dim
-        check_feed_forward_arguments(emb_dim, hidden_dim)
+        check_sizes(emb_dim=emb_dim, hidden_dim=hidden_dim)
         self.activation = choose("activation", activation, ACTIVATIONS)
         self.up = nn.Linear(emb_dim, hidden_dim, bias=bias)
         self.down = nn.Linear(hidden_dim, emb_dim, bias=bias)
@@ -102,20 +94,6 @@ class FeedForward(nn.Module):
         """Transform x (..., emb_dim); the shape stays."""
         check_width(x, self.up.in_features)
         return self.down(self.activation(self.up(x)))  # (..., hidden_dim) in between
-
-
-def check_feed_forward_arguments(emb_dim: int, hidden_dim: int) -> None:
-    """Raise ValueError unless both widths are at least 1."""
-    for name, value in (("emb_dim", emb_dim), ("hidden_dim", hidden_dim)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def choose(name: str, value: str, choices: Mapping[str, T]) -> T:
-    """Return the entry of `choices` called `value`; ValueError names the argument and what is allowed."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return choices[value]
 
 
 class TransformerBlock(nn.Module):
@@ -146,8 +124,7 @@ class TransformerBlock(nn.Module):
         pre_norm: bool = True,
     ) -> None:
         super().__init__()
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_dropout(dropout)
         self.attention_norm, self.attention = attention_norm, attention
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
         self.dropout = nn.Dropout(dropout)
@@ -175,7 +152,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
-        check_norm_arguments(dim, eps)
+        check_sizes(dim=dim)
+        require("eps", eps, eps >= 0.0, "at least 0")
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim))
 
@@ -201,7 +179,7 @@ class SwiGLU(nn.Module):
     def __init__(self, emb_dim: int, hidden_dim: int | None = None, *, bias: bool = False) -> None:
         super().__init__()
         hidden_dim = 8 * math.ceil(emb_dim / 3) if hidden_dim is None else hidden_dim
-        check_feed_forward_arguments(emb_dim, hidden_dim)
+        check_sizes(emb_dim=emb_dim, hidden_dim=hidden_dim)
         self.gate = nn.Linear(emb_dim, hidden_dim, bias=bias)
         self.up = nn.Linear(emb_dim, hidden_dim, bias=bias)
         self.down = nn.Linear(hidden_dim, emb_dim, bias=bias)

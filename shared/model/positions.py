@@ -11,8 +11,8 @@ Short, Test Long") and Su et al. (2021, "RoFormer").
 Left out: rotation of a part of each head (GPT-J, GPT-NeoX), two-dimensional positions, frequencies that
 depend on the length of the input (they can be passed in).
 
-Explained and proven in ch02_text_data/05_embeddings.ipynb and ch04_gpt/01_building_blocks.ipynb; written from
-there by `make promote`.
+Explained and proven in ch02_text_data/05_embeddings.ipynb and ch03_attention/04_positions_in_attention.ipynb
+and ch04_gpt/01_building_blocks.ipynb; written from there by `make promote`.
 """
 
 import math
@@ -21,18 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def check_sizes(**sizes: int) -> None:
-    """Refuse a size that is no int (TypeError) or below 1 (ValueError), by its name."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+from shared.checks import check_sizes, require
 
 
-def _rows(table: Tensor, positions: Tensor) -> Tensor:
-    """Return the rows of `table` at integer positions."""
+def rows_at(positions: Tensor, table: Tensor) -> Tensor:
+    """Return the rows of `table` (context_length, width) at int64 positions of any shape: (..., width).
+
+    Raises TypeError for another type of positions, and on the CPU ValueError for one that has no row.
+    """
     if positions.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"positions must be int64, got {positions.dtype}")
     try:
@@ -65,7 +61,7 @@ class LearnedPositions(nn.Module):
         """Return the vectors of positions (tokens,) or (batch, tokens), int64: (..., tokens, emb_dim).
 
         Raises ValueError if a position has no vector."""
-        return _rows(self.weight, positions)
+        return rows_at(positions, self.weight)
 
 
 def sinusoidal_positions(context_length: int, emb_dim: int, base: float = 10000.0) -> Tensor:
@@ -77,8 +73,7 @@ def sinusoidal_positions(context_length: int, emb_dim: int, base: float = 10000.
     check_sizes(context_length=context_length, emb_dim=emb_dim)
     if emb_dim % 2:
         raise ValueError(f"emb_dim must be even, for pairs of sine and cosine; got {emb_dim}")
-    if not base > 1:
-        raise ValueError(f"base must be above 1, got {base}")
+    require("base", base, base > 1, "above 1")
     frequencies = base ** (-torch.arange(0, emb_dim, 2).double() / emb_dim)  # (emb_dim / 2,)
     angles = torch.arange(context_length).double()[:, None] * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
@@ -103,7 +98,7 @@ class SinusoidalPositions(nn.Module):
         """Return the vectors of positions (tokens,) or (batch, tokens), int64: (..., tokens, emb_dim).
 
         Raises ValueError if a position is negative or not below `context_length`."""
-        return _rows(self.table, positions)
+        return rows_at(positions, self.table)
 
 
 def relative_position_bucket(
@@ -216,8 +211,7 @@ def rotary_inverse_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
     check_sizes(head_dim=head_dim)
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, for pairs to rotate; got {head_dim}")
-    if not base > 1:
-        raise ValueError(f"base must be above 1, got {base}")
+    require("base", base, base > 1, "above 1")
     return 1.0 / base ** (torch.arange(0, head_dim, 2).float() / head_dim)
 
 
@@ -287,7 +281,7 @@ class RotaryPositions(nn.Module):
             raise ValueError(
                 f"positions must be ({n_tokens},) or {(batch, n_tokens)} for this x, got {tuple(positions.shape)}"
             )
-        factors = _rows(self.table, positions).to(x.dtype)  # (tokens, 2 head_dim), or with batch in front
+        factors = rows_at(positions, self.table).to(x.dtype)  # (tokens, 2 head_dim), or with batch in front
         if positions.dim() == 2:
             factors = factors.unsqueeze(1)  # (batch, 1, tokens, 2 head_dim): the same for all heads
         own, partners = factors.chunk(2, dim=-1)
@@ -315,10 +309,8 @@ def scaled_rotary_frequencies(
         ValueError: The kind is unknown, or a number is out of range.
     """
     frequencies = rotary_inverse_frequencies(head_dim, base)
-    if not factor >= 1.0:
-        raise ValueError(f"factor must be at least 1, got {factor}")
-    if original_length < 1:
-        raise ValueError(f"original_length must be at least 1, got {original_length}")
+    require("factor", factor, factor >= 1.0, "at least 1")
+    check_sizes(original_length=original_length)
     if kind == "none":
         return frequencies, 1.0
     if kind == "linear":

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shared.checks import check_sizes
+
 
 class GRUCell(nn.Module):
     """One step of a gated recurrent unit (Cho et al. 2014, in the variant of `torch.nn.GRUCell`).
@@ -25,7 +27,7 @@ class GRUCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        _check_sizes(input_size=input_size, hidden_size=hidden_size)
+        check_sizes(input_size=input_size, hidden_size=hidden_size)
         self.hidden_size = hidden_size
         # The rows are the reset gate's, the update gate's and the proposal's, H each.
         self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, input_size))
@@ -77,12 +79,6 @@ class GRU(nn.Module):
         return torch.stack(states, dim=1), hidden
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; allowed is 1 or more")
-
-
 State = dict[str, Tensor]
 
 
@@ -113,7 +109,7 @@ class EncoderDecoder(nn.Module):
         self, vocabulary_size: int, embedding_size: int, hidden_size: int, attention_size: int | None = None
     ) -> None:
         super().__init__()
-        _check_sizes(vocabulary_size=vocabulary_size, embedding_size=embedding_size)
+        check_sizes(vocabulary_size=vocabulary_size, embedding_size=embedding_size)
         self.vocabulary_size = vocabulary_size
         self.source_embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.target_embedding = nn.Embedding(vocabulary_size, embedding_size)
@@ -134,7 +130,7 @@ class EncoderDecoder(nn.Module):
         _check_ids("source_ids", source_ids, self.vocabulary_size)
         if source_mask.shape != source_ids.shape or source_mask.dtype != torch.bool:
             found = f"{source_mask.dtype} {tuple(source_mask.shape)}"
-            raise ValueError(f"source_mask is {found}; allowed is bool {tuple(source_ids.shape)}")
+            raise ValueError(f"source_mask must be bool {tuple(source_ids.shape)}, got {found}")
         if not source_mask.any(dim=1).all():
             raise ValueError("source_mask has a row without a real symbol; an input must not be empty")
         inputs = self.source_embedding(source_ids)  # (B, S, E)
@@ -186,12 +182,12 @@ class EncoderDecoder(nn.Module):
 def _check_ids(name: str, ids: Tensor, vocabulary_size: int, batch_size: int | None = None) -> None:
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.int64:
         found = f"{ids.dtype} {tuple(ids.shape)}"
-        raise ValueError(f"{name} is {found}; allowed is int64 (batch, length), not empty")
+        raise ValueError(f"{name} must be int64 (batch, length), not empty, got {found}")
     if batch_size is not None and len(ids) != batch_size:
         raise ValueError(f"{name} has {len(ids)} rows for {batch_size} inputs")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary_size:
-        raise ValueError(f"{name} holds ids from {low} to {high}; allowed are 0 to {vocabulary_size - 1}")
+        raise ValueError(f"{name} must be ids from 0 to {vocabulary_size - 1}, got {low} to {high}")
 
 
 class AdditiveAttention(nn.Module):
@@ -203,7 +199,7 @@ class AdditiveAttention(nn.Module):
 
     def __init__(self, query_size: int, memory_size: int, attention_size: int) -> None:
         super().__init__()
-        _check_sizes(query_size=query_size, memory_size=memory_size, attention_size=attention_size)
+        check_sizes(query_size=query_size, memory_size=memory_size, attention_size=attention_size)
         self.query = nn.Linear(query_size, attention_size, bias=False)
         self.key = nn.Linear(memory_size, attention_size)
         self.score = nn.Linear(attention_size, 1, bias=False)
@@ -229,7 +225,7 @@ def greedy_decode(
     is used in the mode it is in: call `model.eval()` before. Raises ValueError if `max_length` is below 1 or the
     model refuses the input.
     """
-    _check_sizes(max_length=max_length)
+    check_sizes(max_length=max_length)
     state = model.encode(source_ids, source_mask)
     previous = source_ids.new_full((len(source_ids),), start_id)
     ended = torch.zeros_like(previous, dtype=torch.bool)
@@ -271,9 +267,9 @@ def beam_search(
     There is one input (1, S). An output with `max_length` symbols and no end is returned unfinished. Raises
     ValueError if `beam_size` or `max_length` is below 1, there is not one input, or the model refuses it.
     """
-    _check_sizes(beam_size=beam_size, max_length=max_length)
+    check_sizes(beam_size=beam_size, max_length=max_length)
     if len(source_ids) != 1:
-        raise ValueError(f"source_ids has {len(source_ids)} rows; allowed is 1")
+        raise ValueError(f"source_ids must be one row, got {len(source_ids)}")
     state = model.encode(source_ids, source_mask)
     beam = [Hypothesis((), 0.0, False)]
     for _ in range(max_length):
@@ -281,10 +277,12 @@ def beam_search(
         growing = [hypothesis for hypothesis in beam if not hypothesis.finished]
         if not growing:
             break
+        # One step of the model for all of them together.
         previous = source_ids.new_tensor([h.ids[-1] if h.ids else start_id for h in growing])
         logits, state = model.decode_step(previous, state)
         scores = logits.double().log_softmax(dim=1)  # (hypotheses, V)
         scores = scores + scores.new_tensor([h.log_probability for h in growing]).unsqueeze(1)
+        # The best continuations of any hypothesis, beside those that have ended (row -1).
         best = scores.flatten().topk(min(beam_size, scores.numel()))
         candidates = [(h, -1) for h in beam if h.finished]
         for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
@@ -292,6 +290,7 @@ def beam_search(
             finished = symbol == end_id
             ids = growing[row].ids if finished else (*growing[row].ids, symbol)
             candidates.append((Hypothesis(ids, score, finished), row))
+        # The best of both stay, and of the state the rows of those that still grow.
         candidates.sort(key=lambda candidate: -candidate[0].log_probability)
         beam = [hypothesis for hypothesis, _ in candidates[:beam_size]]
         kept = [row for hypothesis, row in candidates[:beam_size] if not hypothesis.finished]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shared.checks import check_choice, check_dropout, check_sizes
 from shared.model.attention import KeyValueCache, MultiHeadAttention
-from shared.model.positions import SinusoidalPositions, check_sizes
+from shared.model.positions import SinusoidalPositions
 from shared.model.seq2seq import State
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
@@ -57,10 +58,8 @@ class BlockConfig:
         check_sizes(emb_dim=self.emb_dim, n_heads=self.n_heads, feed_forward_dim=self.feed_forward_dim)
         if self.emb_dim % self.n_heads:
             raise ValueError(f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        check_dropout(self.dropout)
+        check_choice("activation", self.activation, ACTIVATIONS)
 
     def attention(self, **options: object) -> MultiHeadAttention:
         """Return a new attention layer of this width; `options` are those of `MultiHeadAttention`."""
@@ -365,5 +364,5 @@ class Transformer(nn.Module):
             vectors = embedding(ids) * math.sqrt(self.config.emb_dim)
         except IndexError:
             low, high, last = int(ids.min()), int(ids.max()), embedding.num_embeddings - 1
-            raise ValueError(f"{name} hold ids from {low} to {high}; allowed are 0 to {last}") from None
+            raise ValueError(f"{name} must be ids from 0 to {last}, got {low} to {high}") from None
         return self.dropout(vectors + self.positions(torch.arange(start, end, device=ids.device)))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from shared.checks import check_sizes
 from shared.text.dataset import ResumableSampler, TokenShards, open_token_file
 
 IGNORED = -100
@@ -74,8 +75,7 @@ class DocumentRows:
     def __init__(
         self, paths: Paths, context_length: int, batch_size: int, end_token: int, seed: int = 0, pool: int = 1
     ) -> None:
-        if pool < 1:
-            raise ValueError(f"pool is {pool}; it must be at least 1")
+        check_sizes(pool=pool)
         self.shards = [open_token_file(path) for path in paths]
         ends = [np.flatnonzero(shard == end_token) for shard in self.shards]
         for path, shard, positions in zip(paths, self.shards, ends, strict=True):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import tiktoken
 
+from shared.checks import check_between, check_sizes
 from shared.data.download import gpt2_encoding
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator
@@ -128,12 +129,10 @@ def tokenise(
     Raises:
         ValueError: A bad argument, or a file that cannot be read or is not UTF-8. Finished jobs are kept.
     """
-    if not 0 <= validation_fraction <= 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}; it must be from 0 to 1")
+    check_between("validation_fraction", validation_fraction, 0, 1)
     if separator == "":
         raise ValueError("separator is empty; leave it out where a file is one document")
-    if workers < 1 or job_bytes < 1:
-        raise ValueError(f"workers is {workers}, job_bytes {job_bytes}; both must be at least 1")
+    check_sizes(workers=workers, job_bytes=job_bytes)
     files = find_text_files(paths, pattern)
     stats = [(str(file.resolve()), file.stat()) for file in files]
     settings = [_fingerprint(load_encoding(tokenizer)), validation_fraction, separator, seed, job_bytes]
@@ -162,8 +161,7 @@ def tokenise_tales(
     folder: str | os.PathLike, n_stories: int, seed: int, n_validation: int, validation_seed: int
 ) -> TextShards:
     """Write tales as shards below `folder`: `n_stories` for training, `n_validation` of another seed."""
-    if n_stories < 1 or n_validation < 1:
-        raise ValueError(f"n_stories is {n_stories}, n_validation {n_validation}; at least 1 is needed")
+    check_sizes(n_stories=n_stories, n_validation=n_validation)
     if seed == validation_seed:
         raise ValueError(f"seed and validation_seed are both {seed}; validation needs other stories")
     encoding = tale_encoding()

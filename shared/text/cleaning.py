@@ -20,6 +20,8 @@ from itertools import combinations
 
 import numpy as np
 
+from shared.checks import check_choice, check_several, check_sizes, check_text, require
+
 # The byte behind each character that a wrong decoder made; Windows-1252 leaves five bytes to Latin-1.
 BYTE_OF = {chr(byte): byte for byte in range(0x80, 0x100)} | {
     bytes([byte]).decode("cp1252", "ignore") or chr(byte): byte for byte in range(0x80, 0xA0)
@@ -132,8 +134,9 @@ def remove_boilerplate(documents: Sequence[str], minimum_share: float = 0.3, edg
     Many means three, and at least `minimum_share` of the documents; digits count as equal ("Page 7"). An edge is
     the first and the last `edge` non-empty lines. Raises ValueError for a share not in (0, 1] or an edge below 1.
     """
-    _require_documents(documents, minimum_share, "minimum_share")
-    _require_positive(edge, "edge")
+    _check_documents(documents)
+    _check_share("minimum_share", minimum_share)
+    check_sizes(edge=edge)
     counts: Counter[str] = Counter()
     split = []  # for each document its lines, and what those at its edges look like
     for lines in (document.split("\n") for document in documents):
@@ -146,16 +149,14 @@ def remove_boilerplate(documents: Sequence[str], minimum_share: float = 0.3, edg
     return ["\n".join(lines).strip("\n") for lines in kept]
 
 
-def _require_documents(documents: Iterable[str], share: float = 1, name: str = "") -> None:
-    if isinstance(documents, str) or not all(isinstance(document, str) for document in documents):
-        raise TypeError("documents must be several strings, not one string or other objects")
-    if not 0 < share <= 1:
-        raise ValueError(f"{name} is {share}; allowed is above 0 and at most 1")
+def _check_documents(documents: Iterable[str]) -> None:
+    check_several("documents", documents)
+    for number, document in enumerate(documents):
+        check_text(f"documents[{number}]", document)
 
 
-def _require_positive(value: int, name: str) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; allowed is at least 1")
+def _check_share(name: str, share: float) -> None:
+    require(name, share, 0 < share <= 1, "above 0 and at most 1")
 
 
 # Mojibake first: its repair needs the control characters and spaces that later steps change. Invisible characters
@@ -170,8 +171,7 @@ DEFAULT_STEPS = (
 
 def clean(text: str, steps: Iterable[Callable[[str], str]] = DEFAULT_STEPS) -> str:
     """Return one document after all the steps, in their order. Raises TypeError where `text` is no string."""
-    if not isinstance(text, str):
-        raise TypeError(f"text is of type {type(text).__name__}; allowed is str")
+    check_text("text", text)
     for step in steps:
         text = step(text)
     return text
@@ -179,7 +179,7 @@ def clean(text: str, steps: Iterable[Callable[[str], str]] = DEFAULT_STEPS) -> s
 
 def shingles(text: str, n: int = 5) -> set[str]:
     """Return the set of runs of `n` lower-case words; a shorter text is one run, an empty one has none."""
-    _require_positive(n, "n")
+    check_sizes(n=n)
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
 
@@ -195,7 +195,7 @@ def minhash_signature(items: Iterable[str], permutations: int = 128, seed: int =
     Two signatures made with one seed agree in a share of places that estimates the Jaccard similarity. The shape
     is (permutations,), the type uint64; without items every place holds the prime.
     """
-    _require_positive(permutations, "permutations")
+    check_sizes(permutations=permutations)
     prime = 2**31 - 1  # small enough that a product of two residues fits into 64 bits
     generator = np.random.default_rng(seed)
     factor, offset = generator.integers(1, prime, (2, permutations, 1), dtype=np.uint64)
@@ -225,7 +225,8 @@ def near_duplicates(documents: Sequence[str], threshold: float = 0.8) -> list[tu
     missed in at most 1 of 100 cases, a more similar one less often; below a threshold of 0.04 more are missed.
     Raises ValueError for a threshold not in (0, 1], TypeError for documents that are no strings.
     """
-    _require_documents(documents, threshold, "threshold")
+    _check_documents(documents)
+    _check_share("threshold", threshold)
     sets = [shingles(document) for document in documents]
     buckets = defaultdict(list)
     for number, items in enumerate(sets):
@@ -278,8 +279,8 @@ def quality_report(text: str) -> dict[str, float]:
 def quality_problems(text: str, limits: Mapping[str, tuple[float, float]] = QUALITY_LIMITS) -> list[str]:
     """Return the measures outside their limits, none for a good text. Raises ValueError for unknown names."""
     report = quality_report(text)
-    if unknown := limits.keys() - report.keys():
-        raise ValueError(f"limits has {sorted(unknown)}; allowed are {', '.join(report)}")
+    for name in limits:
+        check_choice("a name in limits", name, report)
     return [name for name, (low, high) in limits.items() if not low <= report[name] <= high]
 
 
@@ -289,8 +290,8 @@ def contaminated(test_documents: list[str], training_documents: list[str], n: in
     Case and punctuation are ignored, as for GPT-3 (Brown and others, 2020, appendix C). A document of fewer than
     `n` words cannot be judged: its share is nan. Raises ValueError for `n` below 1, TypeError for no strings.
     """
-    _require_documents(test_documents)
-    _require_documents(training_documents)
+    _check_documents(test_documents)
+    _check_documents(training_documents)
     runs = [{run for run in shingles(text, n) if run.count(" ") == n - 1} for text in test_documents]
     wanted, found = set().union(*runs), set()
     for document in training_documents:

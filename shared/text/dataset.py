@@ -22,16 +22,9 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
+from shared.checks import check_between, check_several, require, whole_number
+
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
-
-
-def _whole(name: str, value: int, smallest: int = 1) -> int:
-    """Return `value` as an int, or raise an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is {value!r}; a whole number is needed")
-    if value < smallest:
-        raise ValueError(f"{name} is {value}; it must be at least {smallest}")
-    return int(value)
 
 
 def _id_array(name: str, ids: TokenIds) -> np.ndarray:
@@ -66,8 +59,8 @@ class TokenDataset(Dataset):
 
     def __init__(self, ids: TokenIds, context_length: int, stride: int | None = None) -> None:
         self.ids = _id_array("ids", ids)
-        self.context_length = _whole("context_length", context_length)
-        self.stride = self.context_length if stride is None else _whole("stride", stride)
+        self.context_length = whole_number("context_length", context_length)
+        self.stride = self.context_length if stride is None else whole_number("stride", stride)
         if len(self) == 0:
             raise ValueError(
                 f"ids holds {len(self.ids):,} tokens; context_length {context_length:,} needs at least "
@@ -92,8 +85,7 @@ def encode_documents(
     `encode` must treat the end token's name as ordinary text. A document that is empty or contains the end token
     raises ValueError.
     """
-    if isinstance(documents, str):
-        raise TypeError("documents is one string; a list of strings is needed")
+    check_several("documents", documents)
     for number, document in enumerate(documents):
         ids = _id_array(f"documents[{number}]", encode(document)).astype(np.int64)
         if not ids.size:
@@ -127,10 +119,8 @@ def split_documents(
         validation_fraction: Share of the different texts for validation; each side gets at least one.
         seed: Another seed gives another split.
     """
-    if isinstance(documents, str):
-        raise TypeError("documents is one string; a list of strings is needed")
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}; it must be between 0 and 1")
+    check_several("documents", documents)
+    require("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "above 0 and below 1")
     different = sorted(set(documents), key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode()).digest())
     if len(different) < 2:
         raise ValueError(f"documents holds {len(different)} different texts; at least 2 are needed")
@@ -150,7 +140,7 @@ def ngram_overlap(train: Iterable[TokenIds], validation: Iterable[TokenIds], n: 
             array = _id_array("sequence", ids).astype(np.int64)
             yield from (array[i : i + n].tobytes() for i in range(len(array) - n + 1))
 
-    _whole("n", n)
+    whole_number("n", n)
     known = set(grams(train))
     found = [gram in known for gram in grams(validation)]
     if not found:
@@ -188,7 +178,7 @@ def create_dataloader(
         if encode is None:
             raise TypeError("source is text; encode is needed to turn it into token ids")
         source = encode(source)
-    batch_size = _whole("batch_size", batch_size)
+    batch_size = whole_number("batch_size", batch_size)
     dataset = TokenDataset(source, context_length, stride)
     if drop_last and len(dataset) < batch_size:
         raise ValueError(f"batch_size is {batch_size}; drop_last leaves no batch of {len(dataset)} windows")
@@ -210,14 +200,15 @@ def write_token_file(path: str | os.PathLike, chunks: Iterable[TokenIds], vocab_
         vocab_size: Every id must be below it.
     """
     path = Path(path)
-    if _whole("vocab_size", vocab_size) > 2**32:
-        raise ValueError(f"vocab_size is {vocab_size:,}; at most {2**32:,} is allowed")
+    check_between("vocab_size", whole_number("vocab_size", vocab_size), 1, 2**32)
+    # The smallest type that holds every id; the file gets its name when it is complete.
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     header = {"descr": dtype.str, "fortran_order": False}
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     n_tokens = 0
     try:
         with part.open("wb") as file:
+            # A header to hold the place, then the ids piece by piece.
             np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
             for number, chunk in enumerate(chunks):
                 ids = _id_array(f"chunks[{number}]", chunk)
@@ -228,8 +219,8 @@ def write_token_file(path: str | os.PathLike, chunks: Iterable[TokenIds], vocab_
                 n_tokens += len(ids)
             if not n_tokens:
                 raise ValueError("chunks holds no tokens; a token file needs at least one")
+            # NumPy pads the header for any length, so the true one takes exactly the place of the first.
             file.seek(0)
-            # NumPy pads the header for any length, so the new one takes exactly the place of the old.
             np.lib.format.write_array_header_1_0(file, {**header, "shape": (n_tokens,)})
             file.flush()
             os.fsync(file.fileno())
@@ -317,16 +308,16 @@ class ResumableSampler(Sampler[list[int]]):
         end_batch: int | None = None,
         shuffle: bool = True,
     ) -> None:
-        self.n_examples = _whole("n_examples", n_examples)
-        self.batch_size = _whole("batch_size", batch_size)
+        self.n_examples = whole_number("n_examples", n_examples)
+        self.batch_size = whole_number("batch_size", batch_size)
         self.batches_per_epoch = self.n_examples // self.batch_size
         if not self.batches_per_epoch:
             raise ValueError(f"batch_size is {batch_size}, but there are only {n_examples} examples")
-        self.seed = _whole("seed", seed, smallest=0)
-        self.start_batch = _whole("start_batch", start_batch, smallest=0)
+        self.seed = whole_number("seed", seed, smallest=0)
+        self.start_batch = whole_number("start_batch", start_batch, smallest=0)
         if end_batch is None:
             end_batch = (self.start_batch // self.batches_per_epoch + 1) * self.batches_per_epoch
-        self.end_batch = _whole("end_batch", end_batch, smallest=self.start_batch)
+        self.end_batch = whole_number("end_batch", end_batch, smallest=self.start_batch)
         self.shuffle = shuffle
         self._order = (-1, np.arange(self.n_examples))  # the epoch last used and its order
 

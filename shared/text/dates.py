@@ -18,6 +18,8 @@ from datetime import date, timedelta
 import torch
 from torch import Tensor
 
+from shared.checks import check_between, check_choice, check_sizes
+
 FIRST_DAY, LAST_DAY = date(2000, 1, 1), date(2099, 12, 31)
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -48,9 +50,8 @@ def write_date(day: date, form: str) -> str:
         ValueError: The day is outside the century, or the form is unknown.
     """
     if not FIRST_DAY <= day <= LAST_DAY:
-        raise ValueError(f"day is {day}; allowed are {FIRST_DAY} to {LAST_DAY}")
-    if form not in FORMS:
-        raise ValueError(f"form is {form!r}; allowed are {', '.join(map(repr, FORMS))}")
+        raise ValueError(f"day must be between {FIRST_DAY} and {LAST_DAY}, got {day}")
+    check_choice("form", form, FORMS)
     # 11th, 12th and 13th are the exceptions to 1st, 2nd and 3rd.
     suffix = "th" if day.day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
     return form.format(
@@ -76,7 +77,7 @@ def split_days(validation_share: float = 0.1, seed: int = 0) -> tuple[list[date]
     days = [FIRST_DAY + timedelta(number) for number in range((LAST_DAY - FIRST_DAY).days + 1)]
     n_validation = round(validation_share * len(days)) if 0 < validation_share < 1 else 0
     if not 0 < n_validation < len(days):
-        raise ValueError(f"validation_share is {validation_share}; both parts must get days")
+        raise ValueError(f"validation_share must leave days for both parts, got {validation_share}")
     # Only random() is used: the other methods of Random may change between Python versions.
     draw = random.Random(seed).random
     shuffled = [day for _, day in sorted((draw(), day) for day in days)]
@@ -99,9 +100,9 @@ def text_to_ids(text: str) -> list[int]:
         ValueError: The text is empty, has more than `MAX_LENGTH` characters or some outside `CHARACTERS`.
     """
     if not 0 < len(text) <= MAX_LENGTH:
-        raise ValueError(f"text has {len(text)} characters; allowed are 1 to {MAX_LENGTH}")
+        raise ValueError(f"text must have 1 to {MAX_LENGTH} characters, got {len(text)}")
     if unknown := sorted(set(text) - set(CHARACTERS)):
-        raise ValueError(f"text {text!r} has characters {unknown}; allowed are {CHARACTERS!r}")
+        raise ValueError(f"text must be of {CHARACTERS!r}, got {unknown} in {text!r}")
     return [FIRST_CHARACTER_ID + CHARACTERS.index(character) for character in text]
 
 
@@ -191,8 +192,7 @@ class DateGenerator:
         Raises:
             ValueError: `n_dates` is not 1 to `MAX_DATES`.
         """
-        if not 1 <= n_dates <= MAX_DATES:
-            raise ValueError(f"n_dates is {n_dates}; allowed are 1 to {MAX_DATES}")
+        check_between("n_dates", n_dates, 1, MAX_DATES)
         days = [self._draw(self._days) for _ in range(n_dates)]
         source = SEPARATOR.join(write_date(day, self._draw(FORMS)) for day in days)
         return source, " ".join(day.isoformat() for day in days)
@@ -203,8 +203,7 @@ class DateGenerator:
         Raises:
             ValueError: `batch_size` is less than 1, or `n_dates` is not 1 to `MAX_DATES`.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; allowed is 1 or more")
+        check_sizes(batch_size=batch_size)
         sources, targets = zip(*(self.pair(n_dates) for _ in range(batch_size)), strict=True)
         return DateBatch(*encode_sources(sources), encode_targets(targets), sources, targets)
 

@@ -3,13 +3,15 @@
 `SimpleTokenizer` knows whole words and punctuation marks, and replaces each word it has not seen by one
 unknown token. It leaves out subwords and bytes.
 
-Explained and proven in ch02_text_data/01_cleaning.ipynb; written from there by `make promote`.
+Explained and proven in ch02_text_data/02_words_and_tokens.ipynb; written from there by `make promote`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from operator import index
+
+from shared.checks import check_sizes, check_text
 
 
 class SimpleTokenizer:
@@ -33,10 +35,10 @@ class SimpleTokenizer:
 
     def __init__(self, vocabulary: Mapping[str, int]) -> None:
         if not isinstance(vocabulary, Mapping):
-            raise TypeError(f"vocabulary is a {type(vocabulary).__name__}; allowed is a mapping")
+            raise TypeError(f"vocabulary must be a mapping, got {type(vocabulary).__name__}")
         for token, number in vocabulary.items():
             if not isinstance(token, str) or type(number) is not int:
-                raise TypeError(f"vocabulary holds {token!r}: {number!r}; allowed is str: int")
+                raise TypeError(f"vocabulary must map str to int, got {token!r}: {number!r}")
         if not vocabulary:
             raise ValueError("vocabulary is empty")
         if missing := {self.UNKNOWN, self.END_OF_TEXT} - vocabulary.keys():
@@ -49,16 +51,14 @@ class SimpleTokenizer:
     @classmethod
     def train(cls, text: str, minimum_count: int = 1) -> "SimpleTokenizer":
         """Return a tokenizer of the tokens that occur `minimum_count` times or more, in sorted order."""
-        if minimum_count < 1:
-            raise ValueError(f"minimum_count is {minimum_count}; allowed is at least 1")
+        check_sizes(minimum_count=minimum_count)
         tokens = sorted(token for token, n in Counter(cls.split(text)).items() if n >= minimum_count)
         return cls({token: i for i, token in enumerate([*tokens, cls.UNKNOWN, cls.END_OF_TEXT])})
 
     @classmethod
     def split(cls, text: str, allow_special: bool = False) -> list[str]:
         """Return the tokens of a text as strings; white space only separates them."""
-        if not isinstance(text, str):
-            raise TypeError(f"text is a {type(text).__name__}; allowed is str")
+        check_text("text", text)
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         special = f"{re.escape(cls.UNKNOWN)}|{re.escape(cls.END_OF_TEXT)}|" if allow_special else ""
         return re.findall(special + cls.PATTERN, text)
@@ -76,7 +76,7 @@ class SimpleTokenizer:
         text, glue, open_marks = "", True, set()
         for number in map(index, ids):
             if not 0 <= number < len(self):
-                raise ValueError(f"id is {number}; allowed are 0 to {len(self) - 1}")
+                raise ValueError(f"ids must be from 0 to {len(self) - 1}, got {number}")
             token = self.tokens[number]
             closes = token in open_marks
             dash = text[-1:] == token[:1] == "-"  # two hyphens side by side would read as one dash

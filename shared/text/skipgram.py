@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.checks import check_between, check_sizes
+
 
 def skipgram_pairs(documents: Iterable[Sequence[int] | Tensor], window: int) -> tuple[Tensor, Tensor]:
     """Return all pairs (centers, contexts) of words at most `window` places apart in the same document.
@@ -32,8 +34,7 @@ def skipgram_pairs(documents: Iterable[Sequence[int] | Tensor], window: int) -> 
     Raises:
         ValueError: `window` is below 1, or no document has two words.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    check_sizes(window=window)
     centers, contexts = [], []
     for document in documents:
         ids = torch.as_tensor(document, dtype=torch.int64)
@@ -77,8 +78,7 @@ class SkipGram(nn.Module):
 
     def __init__(self, vocab_size: int, emb_dim: int) -> None:
         super().__init__()
-        if vocab_size < 1 or emb_dim < 1:
-            raise ValueError(f"vocab_size and emb_dim must be at least 1, got {vocab_size} and {emb_dim}")
+        check_sizes(vocab_size=vocab_size, emb_dim=emb_dim)
         self.centers = nn.Embedding(vocab_size, emb_dim)
         self.contexts = nn.Embedding(vocab_size, emb_dim)
         # Small centers and zero contexts, as in the authors' program: training starts at sigma(0) = 1/2 everywhere.
@@ -172,8 +172,7 @@ def nearest_neighbours(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `k` is not between 1 and words - 1.
     """
-    if not 1 <= k < len(vectors):
-        raise ValueError(f"k must be between 1 and {len(vectors) - 1}, got {k}")
+    check_between("k", k, 1, len(vectors) - 1)
     directions = F.normalize(vectors, dim=1)
     similarities = directions @ directions.T  # (words, words)
     similarities.fill_diagonal_(-math.inf)  # nobody is their own neighbour
@@ -212,8 +211,7 @@ def svd_vectors(matrix: Tensor, emb_dim: int) -> Tensor:
     The square root weighs the directions, as recommended by Levy, Goldberg and Dagan (2015).
     Raises ValueError if `emb_dim` is not between 1 and the size of the matrix.
     """
-    if not 1 <= emb_dim <= min(matrix.shape):
-        raise ValueError(f"emb_dim must be between 1 and {min(matrix.shape)}, got {emb_dim}")
+    check_between("emb_dim", emb_dim, 1, min(matrix.shape))
     left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
     return left[:, :emb_dim] * values[:emb_dim].sqrt()
 

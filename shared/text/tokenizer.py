@@ -22,6 +22,8 @@ from typing import Self
 import regex
 import tiktoken
 
+from shared.checks import check_several, check_text, whole_number
+
 # The pattern and the special token of GPT-2, and its table from byte to visible character, in the order of its ids.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = ("<|endoftext|>",)
@@ -60,12 +62,12 @@ def train_merges(counts: Mapping[str, int], n_merges: int) -> list[tuple[bytes, 
 
     Each step merges the most frequent pair; ties go to the lexicographically greater pair of byte strings.
     """
-    words = [to_symbols(piece.encode("utf-8")) for piece in counts]
+    words = [to_symbols(piece.encode("utf-8")) for piece in counts]  # each distinct piece once
     occurrences = list(counts.values())
     tokens, merges = list(SINGLE_BYTES), []
     # Sorts greater byte strings first: bytes are inverted, and the end sign comes after every byte.
     keys = ["".join(chr(255 - byte) for byte in token) + chr(256) for token in tokens]
-    pair_counts, words_with = defaultdict(int), defaultdict(set)
+    pair_counts, words_with = defaultdict(int), defaultdict(set)  # how often a pair stands, in which words
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
             pair_counts[pair] += occurrences[i]
@@ -74,6 +76,7 @@ def train_merges(counts: Mapping[str, int], n_merges: int) -> list[tuple[bytes, 
     def entry(pair: str) -> tuple[int, str, str]:
         return -pair_counts[pair], keys[ord(pair[0])] + keys[ord(pair[1])], pair
 
+    # The most frequent pair is merged, again and again.
     heap = [entry(pair) for pair in pair_counts]
     heapify(heap)
     while heap and len(merges) < n_merges:
@@ -87,6 +90,7 @@ def train_merges(counts: Mapping[str, int], n_merges: int) -> list[tuple[bytes, 
         merges.append((tokens[left], tokens[right]))
         tokens.append(tokens[left] + tokens[right])
         keys.append(keys[left][:-1] + keys[right])
+        # Only the words that hold it change, and with them the pairs on both sides of the new token.
         gained = set()
         for i in words_with.pop(pair):
             parts = words[i].split(pair)
@@ -145,8 +149,7 @@ def _read_lines(path: File, read: Callable[[int, str], None]) -> int:
 
 
 def _require_text(text: str, argument: str = "text", position: int = 0) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{argument} is {text!r:.80}; allowed is str")
+    check_text(argument, text)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -155,11 +158,11 @@ def _require_text(text: str, argument: str = "text", position: int = 0) -> None:
 
 def _require_specials(argument: str, tokens: Names, known: Names | None = None) -> None:
     if isinstance(tokens, str) or not isinstance(tokens, Collection):
-        raise TypeError(f"{argument} is {tokens!r}; allowed is a collection of str")
+        raise TypeError(f"{argument} must be a collection of str, got {tokens!r}")
     for token in tokens:
         _require_text(token, f"{argument}: an element")
         if not token or [*tokens].count(token) > 1 or token not in (tokens if known is None else known):
-            raise ValueError(f"{argument} has {token!r}; allowed are {known or 'texts, each once'}")
+            raise ValueError(f"{argument} must be of {known or 'texts, each once'}, got {token!r}")
 
 
 def _scanner(special_tokens: Names) -> regex.Pattern:
@@ -191,7 +194,7 @@ class BPETokenizer:
         self._tokens, self._pairs, self._ranks = list(SINGLE_BYTES), [], {}  # without special tokens
         for merge in merges:
             if not isinstance(merge, tuple) or [*map(type, merge)] != [bytes, bytes]:
-                raise TypeError(f"merges has {merge!r}; allowed are pairs of bytes")
+                raise TypeError(f"merges must be pairs of bytes, got {merge!r}")
             self._learn(b"".join(merge), merge)
         self.special_ids = {token: i for i, token in enumerate(self.special_tokens, len(self._tokens))}
         self._bytes = dict(enumerate(self._tokens + [name.encode("utf-8") for name in self.special_tokens]))
@@ -208,17 +211,16 @@ class BPETokenizer:
         `vocab_size` of the result tells. ValueError for an empty text or too small a vocabulary.
         """
         untrained, scanner, counts = cls((), special_tokens, pattern), _scanner(special_tokens), Counter()
-        if type(vocab_size) is not int or not isinstance(texts, Iterable):
-            raise TypeError(f"vocab_size {vocab_size!r} is no int, or texts {texts!r:.40} is not of str")
-        if vocab_size < untrained.vocab_size:
-            raise ValueError(f"vocab_size is {vocab_size}; allowed are {untrained.vocab_size} and more")
-        for text in [texts] if isinstance(texts, str) else texts:
+        n_merges = whole_number("vocab_size", vocab_size, untrained.vocab_size) - untrained.vocab_size
+        texts = [texts] if isinstance(texts, str) else texts
+        check_several("texts", texts)
+        for text in texts:
             _require_text(text, "texts: an element")
             for segment in scanner.split(text):
                 counts.update(untrained._split(segment))
         if not counts:
             raise ValueError("texts is empty; training needs at least one character")
-        return cls(train_merges(counts, vocab_size - untrained.vocab_size), special_tokens, pattern)
+        return cls(train_merges(counts, n_merges), special_tokens, pattern)
 
     @classmethod
     def load(cls, path: File, special_tokens: Names = END, pattern: str = GPT2_PATTERN) -> Self:
@@ -312,8 +314,7 @@ class BPETokenizer:
         allowed, disallowed = (everything if s == "all" else s for s in (allowed_special, disallowed_special))
         _require_specials("allowed_special", allowed, everything)
         _require_specials("disallowed_special", disallowed, everything)
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
-            raise TypeError(f"texts is {texts!r:.80}; allowed is an iterable of str")
+        check_several("texts", texts)
         overruled = allowed if disallowed_special == "all" else ()
         return self._stream(texts, set(allowed), set(disallowed) - set(overruled), chunk)
 
@@ -326,7 +327,7 @@ class BPETokenizer:
         try:
             return b"".join([self._bytes[i] for i in map(index, ids)])
         except KeyError as error:
-            raise ValueError(f"ids has {error}; allowed are 0 to {self.vocab_size - 1}") from None
+            raise ValueError(f"ids must be from 0 to {self.vocab_size - 1}, got {error}") from None
 
     def _learn(self, token: bytes, merge: tuple[bytes, bytes] | None = None) -> None:
         """Add a token that the merges so far leave in two parts, which must be `merge` where that is given."""
@@ -368,7 +369,7 @@ class BPETokenizer:
             buffer, parts, gathered, position = buffer + "".join(parts), [], 0, 0
             # A special token that begins before the limit is complete in the buffer.
             limit = len(buffer) if text is None else max(0, len(buffer) - longest + 1)
-            for match in scanner.finditer(buffer):
+            for match in scanner.finditer(buffer):  # segments that end in a special token; the rest follows
                 if match.start() >= limit:
                     break
                 if match.group() in disallowed:

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from shared.checks import choose
 from shared.data.corpus import DATA
 from shared.data.download import fetch_model_file
 from shared.model.gpt import GPTConfig, GPTModel
-from shared.model.layers import choose
 
 _LAYER = "model.layers.{}."
 _LLAMA: dict[str, str | tuple[str, ...]] = {

@@ -29,10 +29,7 @@ from shared.model.layers import (
     balance_loss,
     build_feed_forward,
     build_norm,
-    check_feed_forward_arguments,
-    check_norm_arguments,
     check_width,
-    choose,
 )
 from shared.model.positions import rotary_inverse_frequencies, scaled_rotary_frequencies
 
@@ -329,13 +326,12 @@ def test_unknown_names_are_refused_with_the_known_ones():
         build_feed_forward("relu", 4)
 
 
-def test_the_small_checks():
-    assert choose("kind", "a", {"a": 1}) == 1
+def test_the_smallest_sizes_are_allowed():
     check_width(torch.ones(2, 3), 3)
-    check_norm_arguments(1, 0.0)
-    check_feed_forward_arguments(1, 1)
+    assert LayerNorm(1, 0.0).eps == RMSNorm(1, 0.0).eps == 0.0
+    assert FeedForward(1, 1).up.out_features == SwiGLU(1, 1).up.out_features == 1
     with pytest.raises(ValueError, match="hidden_dim must be at least 1, got -1"):
-        check_feed_forward_arguments(1, -1)
+        FeedForward(1, -1)
 
 
 # --- rotary frequencies for longer contexts

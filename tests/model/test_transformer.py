@@ -424,8 +424,8 @@ SOURCE_IDS, SOURCE_MASK, TARGET_IDS = batch()
     [
         (SOURCE_IDS[0], SOURCE_MASK, TARGET_IDS, ValueError, "source_ids must be"),
         (SOURCE_IDS.float(), SOURCE_MASK, TARGET_IDS, TypeError, "source_ids must be int64"),
-        (SOURCE_IDS + VOCABULARY, SOURCE_MASK, TARGET_IDS, ValueError, "source_ids hold ids"),
-        (SOURCE_IDS - 1, SOURCE_MASK, TARGET_IDS, ValueError, "source_ids hold ids from -1"),
+        (SOURCE_IDS + VOCABULARY, SOURCE_MASK, TARGET_IDS, ValueError, "source_ids must be ids"),
+        (SOURCE_IDS - 1, SOURCE_MASK, TARGET_IDS, ValueError, "source_ids must be ids .* got -1"),
         (SOURCE_IDS.repeat(1, 3), SOURCE_MASK.repeat(1, 3), TARGET_IDS, ValueError, "context_length is 20"),
         (SOURCE_IDS, SOURCE_MASK[:, :4], TARGET_IDS, ValueError, "source_mask must be"),
         (SOURCE_IDS, SOURCE_MASK.long(), TARGET_IDS, TypeError, "source_mask must be bool"),
@@ -433,7 +433,7 @@ SOURCE_IDS, SOURCE_MASK, TARGET_IDS = batch()
         (SOURCE_IDS, SOURCE_MASK, TARGET_IDS[:, :0], ValueError, "target_ids must be"),
         (SOURCE_IDS, SOURCE_MASK, TARGET_IDS[:2], ValueError, "target_ids have 2 rows for 3"),
         (SOURCE_IDS, SOURCE_MASK, TARGET_IDS.repeat(1, 5), ValueError, "target_ids reach 25"),
-        (SOURCE_IDS, SOURCE_MASK, TARGET_IDS + VOCABULARY, ValueError, "target_ids hold ids"),
+        (SOURCE_IDS, SOURCE_MASK, TARGET_IDS + VOCABULARY, ValueError, "target_ids must be ids"),
     ],
 )
 def test_forward_refuses(source_ids, source_mask, target_ids, error, message):
@@ -456,7 +456,7 @@ def test_decode_step_refuses():
     for wrong, error, message in (
         (start[:2], ValueError, "previous_ids must be"),
         (start[:, None], ValueError, "previous_ids must be"),
-        (start + VOCABULARY, ValueError, "previous_ids hold ids"),
+        (start + VOCABULARY, ValueError, "previous_ids must be ids"),
         (start.float(), TypeError, "int64"),
     ):
         with pytest.raises(error, match=message):

@@ -92,7 +92,7 @@ def test_windows_are_those_of_the_stream_and_short_shards_are_left_out(tmp_path)
 def test_bad_input(shards, tmp_path):
     with pytest.raises(ValueError, match="batch_size is 51, but the data have only 50 rows"):
         DocumentRows(shards, 16, 51, END)
-    with pytest.raises(ValueError, match="pool is 0"):
+    with pytest.raises(ValueError, match="pool must be at least 1, got 0"):
         DocumentRows(shards, 16, 4, END, pool=0)
     with pytest.raises(ValueError, match=r"a\.npy does not end with the end token 98"):
         DocumentRows(shards, 16, 4, 98)

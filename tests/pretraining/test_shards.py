@@ -163,7 +163,7 @@ def test_tales_are_written_with_their_floor(tmp_path):
     assert tokenise_tales(tmp_path, 21, 5, 7, 6).folder != found.folder
     with pytest.raises(ValueError, match="seed and validation_seed are both 5"):
         tokenise_tales(tmp_path, 20, 5, 7, 5)
-    with pytest.raises(ValueError, match="n_stories is 0"):
+    with pytest.raises(ValueError, match="n_stories must be at least 1, got 0"):
         tokenise_tales(tmp_path, 0, 5, 7, 6)
 
 
@@ -203,10 +203,10 @@ def test_unreadable_input_is_named_and_finished_jobs_stay(texts, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_fraction": 1.5}, "validation_fraction is 1.5"),
+        ({"validation_fraction": 1.5}, "validation_fraction must be between 0 and 1, got 1.5"),
         ({"separator": ""}, "separator is empty"),
-        ({"workers": 0}, "workers is 0"),
-        ({"job_bytes": 0}, "job_bytes 0"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"job_bytes": 0}, "job_bytes must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(options, message, texts, tmp_path):

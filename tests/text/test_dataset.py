@@ -157,7 +157,7 @@ def test_ids_that_are_refused(ids, error, message):
     ],
 )
 def test_lengths_that_are_refused_are_named(name, value, error):
-    with pytest.raises(error, match=f"{name} is {value!r}"):
+    with pytest.raises(error, match=f"{name} must be .*, got {value!r}"):
         TokenDataset(IDS, **{"context_length": 4, "stride": 4, name: value})
 
 
@@ -193,7 +193,7 @@ def test_documents_are_encoded_one_at_a_time():
         ([], ValueError, "documents is empty"),
         (["a", ""], ValueError, r"documents\[1\] has no tokens"),
         (["a", "b", chr(END)], ValueError, r"documents\[2\] contains the end token 999"),
-        ("one string", TypeError, "documents is one string"),
+        ("one string", TypeError, "documents must be several texts, got str"),
     ],
 )
 def test_documents_that_are_refused(documents, error, message):
@@ -243,12 +243,12 @@ def test_a_document_added_later_moves_at_most_one_other():
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_fractions_that_are_refused(fraction):
-    with pytest.raises(ValueError, match="validation_fraction is"):
+    with pytest.raises(ValueError, match="validation_fraction must be above 0 and below 1, got "):
         split_documents(["a", "b"], fraction)
 
 
 def test_one_string_is_not_a_list_of_documents():
-    with pytest.raises(TypeError, match="documents is one string"):
+    with pytest.raises(TypeError, match="documents must be several texts, got str"):
         split_documents("abc")
 
 
@@ -273,7 +273,7 @@ def test_overlap_equals_enumeration(train, validation, n):
 def test_overlap_does_not_depend_on_how_ids_are_stored():
     parts = [IDS[:400].astype(np.uint16)], [torch.tensor(IDS[350:])]
     assert ngram_overlap(*parts, n=3) == ngram_overlap([IDS[:400].tolist()], [IDS[350:].tolist()], n=3) > 0
-    with pytest.raises(ValueError, match="n is 0"):
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         ngram_overlap(*parts, n=0)
 
 
@@ -328,7 +328,7 @@ def test_text_is_encoded():
     ("arguments", "error", "message"),
     [
         ((IDS[:60], 8, 16), ValueError, "batch_size is 8; drop_last leaves no batch of 3 windows"),
-        ((IDS, 0, 16), ValueError, "batch_size is 0"),
+        ((IDS, 0, 16), ValueError, "batch_size must be at least 1, got 0"),
         (("short", 1, 2), TypeError, "encode is needed"),
         ((IDS[:16], 1, 16), ValueError, "ids holds 16 tokens"),
     ],
@@ -429,7 +429,7 @@ def test_a_file_is_not_visible_before_it_is_complete(tmp_path):
 
 @pytest.mark.parametrize("vocab_size", [0, 2**32 + 1])
 def test_vocabularies_that_are_refused(tmp_path, vocab_size):
-    with pytest.raises(ValueError, match="vocab_size is"):
+    with pytest.raises(ValueError, match="vocab_size must be"):
         write_token_file(tmp_path / "ids.npy", [[0]], vocab_size)
 
 
@@ -634,5 +634,5 @@ def test_every_pair_of_examples_is_as_often_in_either_order():
     ],
 )
 def test_sampler_arguments_that_are_refused_are_named(name, value, error):
-    with pytest.raises(error, match=f"{name} is {value}"):
+    with pytest.raises(error, match=f"{name} must be .*, got {value}"):
         ResumableSampler(**{"n_examples": 23, "batch_size": 3, "start_batch": 2, name: value})

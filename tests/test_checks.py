@@ -1,0 +1,105 @@
+"""`shared.checks`: what is allowed passes, what is not is named with what is allowed and what was given."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from shared.checks import (
+    check_between,
+    check_choice,
+    check_dropout,
+    check_several,
+    check_sizes,
+    check_text,
+    choose,
+    require,
+    whole_number,
+)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: require("p", 0.5, 0 < 0.5 < 1, "between 0 and 1"),
+        lambda: check_choice("kind", "a", ("a", "b")),
+        lambda: check_choice("kind", "a", {"a": 1}),
+        lambda: check_sizes(),
+        lambda: check_sizes(width=1, height=10**30),
+        lambda: check_sizes(width=np.int64(3)),
+        lambda: check_between("k", 1, 1, 3),
+        lambda: check_between("k", 3, 1, 3),
+        lambda: check_between("share", 0.0, 0, 1),
+        lambda: check_dropout(0.0),
+        lambda: check_dropout(0.999),
+        lambda: check_text("text", ""),
+        lambda: check_several("texts", []),
+        lambda: check_several("texts", ["a", "b"]),
+        lambda: check_several("texts", iter("ab")),
+    ],
+)
+def test_what_is_allowed_passes_in_silence(call):
+    assert call() is None
+
+
+def test_choose_returns_the_entry():
+    assert choose("kind", "b", {"a": 1, "b": 2}) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "smallest"), [(1, 1), (0, 0), (-3, -3), (np.int32(7), 1), (np.uint8(2), 2), (10**30, 1)]
+)
+def test_whole_number_returns_an_int(value, smallest):
+    number = whole_number("n", value, smallest)
+    assert type(number) is int
+    assert number == value
+
+
+def test_several_texts_are_not_read():
+    texts = iter(["a", "b"])
+    check_several("texts", texts)
+    assert list(texts) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: require("p", 2.0, False, "below 1"), ValueError, "p must be below 1, got 2.0"),
+        (lambda: require("name", "x", False, "y"), ValueError, "name must be y, got 'x'"),
+        (lambda: check_choice("kind", "c", ("a", "b")), ValueError, "kind must be one of a, b, got 'c'"),
+        (lambda: check_choice("n", 3, (1, 2)), ValueError, "n must be one of 1, 2, got 3"),
+        (lambda: choose("kind", "c", {"a": 1, "b": 2}), ValueError, "kind must be one of a, b, got 'c'"),
+        (lambda: whole_number("n", 0), ValueError, "n must be at least 1, got 0"),
+        (lambda: whole_number("seed", -1, 0), ValueError, "seed must be at least 0, got -1"),
+        (lambda: whole_number("n", np.int64(0)), ValueError, "n must be at least 1, got 0"),
+        (lambda: whole_number("n", 2.0), TypeError, "n must be an int, got 2.0"),
+        (lambda: whole_number("n", True), TypeError, "n must be an int, got True"),
+        (lambda: whole_number("n", np.bool_(True)), TypeError, "n must be an int, got"),
+        (lambda: whole_number("n", np.float32(2)), TypeError, "n must be an int, got"),
+        (lambda: whole_number("n", "4"), TypeError, "n must be an int, got '4'"),
+        (lambda: whole_number("n", None), TypeError, "n must be an int, got None"),
+        (lambda: check_sizes(width=3, height=0), ValueError, "height must be at least 1, got 0"),
+        (lambda: check_sizes(width=3.0), TypeError, "width must be an int, got 3.0"),
+        (lambda: check_between("k", 4, 1, 3), ValueError, "k must be between 1 and 3, got 4"),
+        (lambda: check_between("k", 0, 1, 3), ValueError, "k must be between 1 and 3, got 0"),
+        (lambda: check_between("p", math.nan, 0, 1), ValueError, "p must be between 0 and 1, got nan"),
+        (lambda: check_dropout(1.0), ValueError, "dropout must be in [0, 1), got 1.0"),
+        (lambda: check_dropout(-0.1), ValueError, "dropout must be in [0, 1), got -0.1"),
+        (lambda: check_dropout(math.nan), ValueError, "dropout must be in [0, 1), got nan"),
+        (lambda: check_text("text", b"a"), TypeError, "text must be a str, got bytes b'a'"),
+        (lambda: check_text("text", None), TypeError, "text must be a str, got NoneType None"),
+        (lambda: check_several("texts", "one"), TypeError, "texts must be several texts, got str 'one'"),
+        (lambda: check_several("texts", b"one"), TypeError, "texts must be several texts, got bytes b'one'"),
+        (lambda: check_several("texts", 5), TypeError, "texts must be several texts, got int 5"),
+    ],
+)
+def test_what_is_not_allowed_is_named(call, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        call()
+
+
+def test_a_long_value_is_cut():
+    with pytest.raises(TypeError) as raised:
+        check_several("texts", "a" * 10_000)
+    assert len(str(raised.value)) < 200
