@@ -102,7 +102,7 @@ def text_to_ids(text: str) -> list[int]:
     if not 0 < len(text) <= MAX_LENGTH:
         raise ValueError(f"text must have 1 to {MAX_LENGTH} characters, got {len(text)}")
     if unknown := sorted(set(text) - set(CHARACTERS)):
-        raise ValueError(f"text must be of {CHARACTERS!r}, got {unknown} in {text!r}")
+        raise ValueError(f"text must hold only CHARACTERS, got {unknown} in {text!r}")
     return [FIRST_CHARACTER_ID + CHARACTERS.index(character) for character in text]
 
 
