@@ -16,13 +16,13 @@ import copy
 import csv
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.model.layers import MixtureOfExperts, balance_loss
@@ -30,6 +30,9 @@ from shared.notebook.records import replace_rows
 from shared.pretraining.processes import cpu_name
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import Story, TaleGenerator
+from shared.training.batches import Batch, document_row, pad_rows
+from shared.training.loop import train
+from shared.training.losses import next_token_loss
 
 RESULTS = Path(__file__).resolve().parent / "ablate_variants.csv"
 CURVES, TIMES = RESULTS.with_stem("ablate_variants_curves"), RESULTS.with_stem("ablate_variants_time")
@@ -106,20 +109,21 @@ class Recipe:
 RECIPES = {"long": Recipe(steps=1000, equal_time=True), "short": Recipe(steps=300, equal_time=False)}
 
 
-def rows(stories: Iterable[Story]) -> Tensor:
-    """Return stories as ids (stories, tokens): the end token, the text, the end token, then -1 to equal length."""
+def story_batch(stories: Iterable[Story]) -> Batch:
+    """Return whole stories, framed by end tokens, as one batch; a shorter story's last end token is read too."""
     encoding = tale_encoding()
-    end = encoding.eot_token
-    ids = [torch.tensor([end, *encoding.encode_ordinary(story.text), end]) for story in stories]
-    return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+    rows = [document_row(story.text, encoding) for story in stories]
+    inputs, targets = pad_rows(rows)
+    # Nothing is predicted after that token, but experts count it: the recorded loads and balance losses include it.
+    for row, padded in zip(rows, inputs, strict=True):
+        padded[len(row) - 1 : len(row)] = row[-1]
+    return inputs, targets
 
 
-def story_losses(model: GPTModel, ids: Tensor) -> Tensor:
-    """Return minus the log-probability of each target, (stories, tokens - 1), 0 where a story is over."""
-    logits = model(ids[:, :-1].clamp(min=0))  # padding stands on the right, where no real token sees it
-    targets = ids[:, 1:]
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    return losses.view_as(targets)
+def story_losses(model: GPTModel, batch: Batch) -> Tensor:
+    """Return minus the log-probability of each target, (stories, tokens), 0 where a story is over."""
+    inputs, targets = batch
+    return next_token_loss(model(inputs), targets, reduction="none")
 
 
 def validation_stories() -> list[Story]:
@@ -131,8 +135,9 @@ def validation_stories() -> list[Story]:
 def validate(model: GPTModel) -> tuple[float, float]:
     """Return the loss in nats per story, and the largest share of an expert in a layer (0.0 without experts)."""
     model.eval()
-    ids, losses, loads = rows(validation_stories()), [], []
-    for part in ids.split(32):
+    inputs, targets = story_batch(validation_stories())
+    losses, loads = [], []
+    for part in zip(inputs.split(32), targets.split(32), strict=True):
         losses.append(story_losses(model, part).sum(dim=1))
         loads.append([m.load for m in model.modules() if isinstance(m, MixtureOfExperts)])
     model.train()
@@ -141,7 +146,7 @@ def validate(model: GPTModel) -> tuple[float, float]:
 
 
 class Training:
-    """A model in training: its optimizer, what it saw, its losses. `step` makes one update."""
+    """A model in training: its optimizer, what it saw, its losses in nats per story."""
 
     def __init__(self, variant: str, seed: int) -> None:
         torch.manual_seed(seed)
@@ -151,19 +156,24 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, (0.9, 0.95), fused=True)
         self.steps, self.tokens, self.losses, self.cpu_seconds = 0, 0, [], 0.0
 
-    def step(self, ids: Tensor, share: float) -> None:
-        """Update the weights by one batch, at this share of the peak learning rate."""
-        start = time.process_time()
-        self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
-        losses, n_tokens = story_losses(self.model, ids), int((ids[:, 1:] >= 0).sum())
-        loss = losses.sum() / n_tokens
-        (loss + self.balance * balance_loss(self.model) if self.balance else loss).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.steps, self.tokens = self.steps + 1, self.tokens + n_tokens
-        self.losses.append(loss.item() * n_tokens / len(ids))
-        self.cpu_seconds += time.process_time() - start
+    def advance(self, batches: Sequence[Batch], end: int, share: Callable[[int], float]) -> None:
+        """Train until `end` updates are done; update k + 1 reads batch k, at this share of the peak learning rate."""
+        if self.steps == end:
+            return
+        started = time.process_time()
+        log = train(
+            self.model,
+            batches[self.steps : end],
+            self.optimizer,
+            n_steps=end,
+            start_step=self.steps,
+            schedule=share,
+            auxiliary_loss=(lambda model: self.balance * balance_loss(model)) if self.balance else None,
+        )
+        self.cpu_seconds += time.process_time() - started
+        for before, now in pairwise(log):
+            self.losses.append(now.loss * (now.tokens - before.tokens) / BATCH)
+        self.steps, self.tokens = end, self.tokens + log[-1].tokens
 
     def branch(self) -> "Training":
         """Return a copy that can be trained on without changing this one."""
@@ -174,24 +184,22 @@ class Training:
         return other
 
 
-def train(variant: str, seed: int, ends: list[int]) -> list[Training]:
+def train_variant(variant: str, seed: int, ends: list[int]) -> list[Training]:
     """Train a variant and return it cooled down at each number of steps of `ends`, which rise."""
     batches = training_batches(seed, max(ends))
     trunk, results = Training(variant, seed), []
     for end in ends:
         start = end - round(COOLDOWN * end)
-        while trunk.steps < start:
-            trunk.step(batches[trunk.steps], min(1.0, (trunk.steps + 1) / WARMUP))
+        trunk.advance(batches, start, lambda step: min(1.0, (step + 1) / WARMUP))
         results.append(trunk.branch())
-        while results[-1].steps < end:
-            results[-1].step(batches[results[-1].steps], (end - results[-1].steps) / (end - start))
+        results[-1].advance(batches, end, lambda step, start=start, end=end: (end - step) / (end - start))
     return results
 
 
-def training_batches(seed: int, n_steps: int) -> list[Tensor]:
-    """Return the first `n_steps` batches of ids (BATCH, tokens) of a seed."""
+def training_batches(seed: int, n_steps: int) -> list[Batch]:
+    """Return the first `n_steps` batches of `BATCH` stories of a seed."""
     stories = TaleGenerator(TRAINING_SEED + seed)
-    return [rows(stories.stories(BATCH)) for _ in range(n_steps)]
+    return [story_batch(stories.stories(BATCH)) for _ in range(n_steps)]
 
 
 def equal_time_steps(variant: str, steps: int) -> int:
@@ -208,7 +216,7 @@ def run(variant: str, seed: int, recipe: str) -> list[dict[str, object]]:
     if RECIPES[recipe].equal_time:
         budgets["equal-time"] = equal_time_steps(variant, steps)
     ends = sorted(set(budgets.values()))
-    trained = dict(zip(ends, train(variant, seed, ends), strict=True))
+    trained = dict(zip(ends, train_variant(variant, seed, ends), strict=True))
     floor = -statistics.fmean(story.log_probability for story in validation_stories())
     found = []
     for name, end in budgets.items():
@@ -253,8 +261,8 @@ def measure(rounds: int = 9, steps: int = 20) -> list[dict[str, object]]:
     for number in range(rounds + 1):
         for name, training in trainings.items():
             before = training.cpu_seconds
-            for batch in batches:
-                training.step(batch, 0.0)
+            training.steps = 0
+            training.advance(batches, steps, lambda step: 0.0)
             if number:  # the first round only warms up
                 times[name].append((training.cpu_seconds - before) / steps)
     found = []

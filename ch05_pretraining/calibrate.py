@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from shared.model.gpt import GPTModel
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator
-from shared.training.loop import IGNORE, bits_per_byte, document_row, evaluate, pad_rows
+from shared.training.batches import IGNORE, document_row, pad_rows
+from shared.training.losses import bits_per_byte, evaluate
 from shared.weights.huggingface import save_checkpoint_folder
 from shared.weights.pretrained import load_pretrained
 

@@ -43,7 +43,7 @@ from shared.training.checkpoint import (
     model_state,
     save_checkpoint,
 )
-from shared.training.loop import bits_per_byte, next_token_loss
+from shared.training.losses import bits_per_byte, next_token_loss
 from shared.training.optimizers import build_optimizers, set_learning_rates
 from shared.training.schedules import build_schedule
 from shared.weights.pretrained import load_pretrained

@@ -14,34 +14,27 @@ differ.
 """
 
 import argparse
-import csv
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from shared.model.gpt import GPTConfig, GPTModel
-from shared.notebook.records import replace_rows
+from shared.notebook.records import read_rows, replace_row
+from shared.notebook.tale_runs import Outcome, story_rows, train_on_tales
 from shared.pretraining.processes import cpu_name
-from shared.tales.encoding import tale_encoding
-from shared.tales.generator import TaleGenerator
-from shared.training.optimizers import build_optimizers, set_learning_rates
-from shared.training.schedules import build_schedule
+from shared.training.batches import row_batches
+from shared.training.loop import train
+from shared.training.optimizers import build_optimizers
 
 RESULTS = Path(__file__).resolve().parent / "sweep_optimizers.csv"
 STEPS = RESULTS.with_name("sweep_optimizers_steps.csv")
 SECONDS = 15  # of one thread, for the updates of one run
 BATCH = 8  # stories
-N_VALIDATION, VALIDATION_SEED = 300, 999
 SEARCH_SEED, SEEDS = 100, (0, 1, 2)
 SHORT_STEPS = 50  # of the runs that the notebook repeats
-IGNORED = -100
 # Half-decades or finer around the rate that each paper advises; Muon's are those of its matrices.
 RATES = {
     "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
@@ -52,74 +45,21 @@ RATES = {
 }
 MUON_VECTOR_RATE = 6e-3  # of AdamW for the embedding and the norms, beside Muon
 COLUMNS = [
-    *(
-        "role",
-        "optimizer",
-        "learning_rate",
-        "seed",
-        "parameters",
-        "steps",
-        "stories",
-        "tokens",
-        "loss_per_story",
-    ),
-    *("floor", "cpu_seconds", "hardware", "torch"),
+    "role",
+    "optimizer",
+    "learning_rate",
+    "seed",
+    "parameters",
+    "steps",
+    "stories",
+    "tokens",
+    "loss_per_story",
+    "floor",
+    "cpu_seconds",
+    "hardware",
+    "torch",
 ]
 STEP_COLUMNS = ["optimizer", "milliseconds_per_step", "hardware", "torch"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run: model, training loss at each step, loss per validation story and its floor, in nats."""
-
-    model: GPTModel
-    losses: list[float]
-    loss_per_story: float
-    floor: float
-    tokens: int
-    cpu_seconds: float
-
-
-def story_rows(seed: int, n: int) -> tuple[list[np.ndarray], float]:
-    """Return `n` stories as ids, framed by the end-of-text token, and the mean of -log p over them in nats."""
-    encoding = tale_encoding()
-    end, stories = encoding.eot_token, list(TaleGenerator(seed).stories(n))
-    rows = [np.array([end, *encoding.encode_ordinary(story.text), end]) for story in stories]
-    return rows, -sum(story.log_probability for story in stories) / n
-
-
-def collate(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Pad rows to one length: inputs and targets (rows, longest - 1), targets after a row's end are IGNORED."""
-    longest = max(map(len, rows))
-    inputs, targets = np.zeros((len(rows), longest - 1), np.int64), np.full((len(rows), longest - 1), IGNORED)
-    for i, row in enumerate(rows):
-        inputs[i, : len(row) - 1], targets[i, : len(row) - 1] = row[:-1], row[1:]
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
-
-
-def story_batches(rows: list[np.ndarray], batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of rows of similar length, in random order, each row once."""
-    generator = np.random.default_rng(seed)
-    for start in range(0, len(rows) - batch + 1, 8 * batch):
-        window = sorted(rows[start : start + 8 * batch], key=len)
-        groups = [window[i : i + batch] for i in range(0, len(window) - batch + 1, batch)]
-        for i in generator.permutation(len(groups)):
-            yield collate(groups[i])
-
-
-def story_loss(model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Return the loss of the targets that count, in nats."""
-    return F.cross_entropy(
-        model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction
-    )
-
-
-@torch.no_grad()
-def loss_per_story(model: nn.Module, rows: list[np.ndarray], batch: int = 50) -> float:
-    """Return the mean over stories of -log p of the whole story, in nats."""
-    ordered = sorted(rows, key=len)
-    batches = [collate(ordered[i : i + batch]) for i in range(0, len(rows), batch)]
-    return sum(story_loss(model, *pair, reduction="sum").item() for pair in batches) / len(rows)
 
 
 def optimizers_of(model: nn.Module, name: str, rate: float, whole_qkv: bool = False) -> list:
@@ -131,39 +71,6 @@ def optimizers_of(model: nn.Module, name: str, rate: float, whole_qkv: bool = Fa
         for group in built[0].param_groups:
             group["split"] = None
     return built
-
-
-def train(
-    config: GPTConfig,
-    seed: int,
-    n_steps: int,
-    batch: int,
-    build: Callable[[nn.Module], list],
-    *,
-    clip: float = 1.0,
-    validation: int = N_VALIDATION,
-) -> Outcome:
-    """Train a model for `n_steps` on stories seen once, warm-up of a tenth and linear decay of half; evaluate it."""
-    torch.manual_seed(seed)
-    model = GPTModel(config)
-    optimizers = build(model)
-    rows, _ = story_rows(seed + 1, n_steps * batch)
-    schedule = build_schedule("wsd", n_steps, n_steps // 10, decay=0.5)
-    losses, tokens, started = [], 0, time.process_time()
-    progress = tqdm(story_batches(rows, batch, seed), total=n_steps, leave=False)
-    for step, (inputs, targets) in enumerate(progress):
-        set_learning_rates(optimizers, schedule(step + 1))
-        loss = story_loss(model, inputs, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-        tokens += int((targets != IGNORED).sum())
-    seconds = time.process_time() - started
-    checked, floor = story_rows(VALIDATION_SEED, validation)
-    return Outcome(model, losses, loss_per_story(model.eval(), checked), floor, tokens, seconds)
 
 
 def small_config() -> GPTConfig:
@@ -180,7 +87,7 @@ def run(name: str, rate: float, seed: int, n_steps: int | None = None, whole_qkv
     if name not in RATES:
         raise ValueError(f"name must be one of {', '.join(RATES)}, got {name!r}")
     build = lambda model: optimizers_of(model, name, rate, whole_qkv)
-    return train(small_config(), seed, n_steps or recorded_steps()[name], BATCH, build)
+    return train_on_tales(small_config(), seed, n_steps or recorded_steps()[name], BATCH, build)
 
 
 def recorded_steps() -> dict[str, int]:
@@ -188,57 +95,40 @@ def recorded_steps() -> dict[str, int]:
     if not STEPS.exists():
         raise ValueError(f"{STEPS.name} is missing: run with --measure first")
     return {
-        row["optimizer"]: round(1000 * SECONDS / float(row["milliseconds_per_step"])) for row in read(STEPS)
+        row["optimizer"]: round(1000 * SECONDS / float(row["milliseconds_per_step"]))
+        for row in read_rows(STEPS)
     }
 
 
 def measure(rounds: int = 12, steps_a_round: int = 3) -> None:
     """Time a step of each optimizer, all in turn, and record how many fit into `SECONDS`."""
     rows, _ = story_rows(1, BATCH * steps_a_round * (rounds + 1))
-    batches = list(story_batches(rows, BATCH, 0))
+    batches = list(row_batches(rows, BATCH))
     models = {name: GPTModel(small_config()) for name in RATES}
     built = {name: optimizers_of(model, name, RATES[name][0]) for name, model in models.items()}
     seconds = {name: [] for name in RATES}
     for turn in range(rounds + 1):  # the first round warms up
         for name, model in models.items():
             started = time.process_time()
-            for inputs, targets in batches[turn * steps_a_round : (turn + 1) * steps_a_round]:
-                story_loss(model, inputs, targets).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for optimizer in built[name]:
-                    optimizer.step()
-                    optimizer.zero_grad()
+            part = batches[turn * steps_a_round : (turn + 1) * steps_a_round]
+            train(model, part, built[name], n_steps=steps_a_round)
             seconds[name].append((time.process_time() - started) / steps_a_round)
     medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
     shared = {"hardware": f"{cpu_name()}, 1 thread", "torch": torch.__version__}
     for name, median in medians.items():
         row = {"optimizer": name, "milliseconds_per_step": round(1000 * median, 1)}
         print(row, flush=True)
-        save(row | shared, STEPS, STEP_COLUMNS, ("optimizer",))
+        replace_row(STEPS, STEP_COLUMNS, row | shared, ("optimizer",))
 
 
 def best_rates() -> dict[str, float]:
     """Return for each optimizer the learning rate with the lowest loss in the recorded search."""
     found: dict[str, tuple[float, float]] = {}
-    for row in read(RESULTS):
+    for row in read_rows(RESULTS):
         if row["role"] == "search":
             entry = float(row["loss_per_story"]), float(row["learning_rate"])
             found[row["optimizer"]] = min(found.get(row["optimizer"], entry), entry)
     return {name: rate for name, (_, rate) in found.items()}
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a record, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def save(row: dict[str, object], path: Path, columns: list[str], key: tuple[str, ...]) -> None:
-    """Write a row to a record atomically; it replaces the row with the same values of `key`."""
-    identity = lambda entry: tuple(str(entry[name]) for name in key)
-    replace_rows(path, columns, [row], identity)
 
 
 def main() -> None:
@@ -280,7 +170,7 @@ def main() -> None:
                     "hardware": f"{cpu_name()}, 1 thread",
                     "torch": torch.__version__,
                 }
-                save(row, RESULTS, COLUMNS, ("role", "optimizer", "learning_rate", "seed"))
+                replace_row(RESULTS, COLUMNS, row, ("role", "optimizer", "learning_rate", "seed"))
                 loss, seconds = row["loss_per_story"], row["cpu_seconds"]
                 print(
                     f"{role} {name} rate {rate:g} seed {seed}: {loss} of {row['floor']}, {seconds} s",

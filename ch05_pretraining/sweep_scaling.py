@@ -3,25 +3,28 @@
     python sweep_scaling.py                              every size with every number of tokens of the record
     python sweep_scaling.py --size 2x64 --tokens 500000  only some
 
-Every run is a whole one, with warm-up and decay (`sweep_optimizers.train`), on stories seen once, by Muon with the same
-rates at every size. A run replaces the row of the same size, tokens and seed. `parameters` counts the blocks and the
-last norm, without the embedding, as in Kaplan et al. (2020). One thread is used; on another processor the last
-decimals differ.
+Every run is a whole one, with warm-up and decay (`train_on_tales` in `shared/notebook/tale_runs.py`), on stories seen
+once, by Muon with the same rates at every size. A run replaces the row of the same size, tokens and seed. `parameters`
+counts the blocks and the last norm, without the embedding, as in Kaplan et al. (2020). One thread is used; on another
+processor the last decimals differ.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from sweep_optimizers import Outcome, optimizers_of, save, train
 
 from shared.model.gpt import GPTConfig
+from shared.notebook.records import replace_row
+from shared.notebook.tale_runs import Outcome, train_on_tales
 from shared.pretraining.processes import cpu_name
+from shared.training.optimizers import build_optimizers
 
 RESULTS = Path(__file__).resolve().parent / "sweep_scaling.csv"
 BATCH = 8  # stories
 TOKENS_PER_STORY = 185  # about
 RATE = 0.02  # of Muon's matrices
+VECTOR_RATE = 6e-3  # of AdamW for the embedding and the norms, beside Muon
 SIZES = {
     "2x32": (2, 32),
     "2x64": (2, 64),
@@ -54,7 +57,8 @@ def config_of(size: str) -> GPTConfig:
 def run(size: str, tokens: int, seed: int = 0) -> Outcome:
     """Train one size on about that many tokens and evaluate it."""
     n_steps = round(tokens / TOKENS_PER_STORY / BATCH)
-    return train(config_of(size), seed, n_steps, BATCH, lambda model: optimizers_of(model, "muon", RATE))
+    build = lambda model: build_optimizers(model, "muon", VECTOR_RATE, matrix_learning_rate=RATE)
+    return train_on_tales(config_of(size), seed, n_steps, BATCH, build)
 
 
 def main() -> None:
@@ -83,7 +87,7 @@ def main() -> None:
                 "hardware": f"{cpu_name()}, 1 thread",
                 "torch": torch.__version__,
             }
-            save(row, RESULTS, COLUMNS, ("size", "tokens", "seed"))
+            replace_row(RESULTS, COLUMNS, row, ("size", "tokens", "seed"))
             print(
                 f"{size} {tokens}: {row['loss_per_story']} of {row['floor']}, {row['cpu_seconds']} s",
                 flush=True,

@@ -28,16 +28,9 @@ from shared.tales.encoding import tale_encoding
 from shared.tales.generator import Story, TaleGenerator, plans
 from shared.tales.scoring import score
 from shared.text.dataset import join_documents, ngram_overlap
-from shared.training.loop import (
-    Batch,
-    Record,
-    document_row,
-    evaluate,
-    loss_per_document,
-    pad_rows,
-    shuffled_rows,
-    train,
-)
+from shared.training.batches import Batch, document_row, pad_rows, shuffled_rows
+from shared.training.loop import Record, train
+from shared.training.losses import evaluate, loss_per_document
 from shared.training.optimizers import build_optimizers
 from shared.training.schedules import linear
 

@@ -4,6 +4,7 @@
 - `proof`: ours beside a trusted implementation, in one line.
 - `results`: main figures, recorded for the table of `make run`.
 - `records`: CSV files that grow row by row.
+- `tale_runs`: the training run on tales that sweeps repeat.
 """
 
 from shared.notebook.plotting import heat_map, label_line, use_style

@@ -22,10 +22,7 @@ def replace_rows(
     Raises:
         ValueError: A row has a column that is not in `columns`; the file stays as it was.
     """
-    old = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            old = list(csv.DictReader(file))
+    old = read_rows(path)
     replaced = {key(row) for row in new}
     rows = sorted([*(row for row in old if key(row) not in replaced), *new], key=key)
     temporary = path.with_suffix(".part")
@@ -37,3 +34,20 @@ def replace_rows(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_row(path: Path, columns: Sequence[str], row: dict[str, Any], names: Sequence[str]) -> None:
+    """Write one row as `replace_rows` does; it replaces the row with the same values in the columns `names`.
+
+    Raises:
+        ValueError: As `replace_rows` does.
+    """
+    replace_rows(path, columns, [row], lambda entry: tuple(str(entry[name]) for name in names))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a record by name of column, all values as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

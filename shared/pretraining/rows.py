@@ -2,7 +2,7 @@
 
 Two ways to cut them. `WindowRows`: windows of the stream in which documents follow each other. `DocumentRows`: a row
 is one document read from its beginning, [end] + document + [end], cut to the context and padded to the longest row
-of the batch; padding has the target -100, which cross-entropy ignores. Process r of w takes its slice of the same
+of the batch; padding has the target `IGNORE`, which counts for nothing. Process r of w takes its slice of the same
 batch, so the number of processes changes no batch.
 
 Left out: masks between the documents of a window.
@@ -16,8 +16,7 @@ import torch
 
 from shared.checks import check_sizes
 from shared.text.dataset import ResumableSampler, TokenShards, open_token_file
-
-IGNORED = -100
+from shared.training.batches import IGNORE
 
 Paths = Sequence[str | os.PathLike]
 
@@ -124,10 +123,10 @@ class DocumentRows:
         return int(np.minimum(self.lengths[rows], self.context_length).sum())
 
     def tensors(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (inputs, targets) of the rows, int64 of shape (rows, longest), padded with the end token and -100."""
+        """Return (inputs, targets), int64 of shape (rows, longest), padded with the end token and `IGNORE`."""
         lengths = np.minimum(self.lengths[rows], self.context_length)
         inputs = np.full((len(rows), lengths.max()), self.end_token, dtype=np.int64)
-        targets = np.full_like(inputs, IGNORED)
+        targets = np.full_like(inputs, IGNORE)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             start = self.starts[row]
             targets[i, :length] = self.shards[self.shard_of[row]][start : start + length]
@@ -144,7 +143,7 @@ def repeated_targets(inputs: torch.Tensor, targets: torch.Tensor, counted: torch
             that a reader has to remember.
     """
     earlier = (targets[:, :, None] == inputs[:, None, :]).tril().any(dim=-1)  # (rows, tokens)
-    return earlier & (targets != IGNORED) & counted[targets.clamp(min=0)]
+    return earlier & (targets != IGNORE) & counted[targets.clamp(min=0)]
 
 
 def _sampler(n_rows: int, batch_size: int, seed: int) -> ResumableSampler:

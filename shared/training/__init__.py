@@ -1,6 +1,8 @@
 """Training on one machine. In reading order:
 
-- `loop`: documents to batches, the loss and its units, evaluation, the loop and its log.
+- `batches`: documents to rows of ids, rows to padded batches.
+- `losses`: the loss of the next token, its units, evaluation, the choice of a device.
+- `loop`: the training loop, for any loss, and its log.
 - `schedules`: the learning rate over the steps.
 - `optimizers`: Muon and Lion, and the groups of parameters for every optimizer.
 - `planning`: parameters, memory, arithmetic and traffic of a run before it begins.
@@ -10,7 +12,8 @@
 
 from shared.training.checkpoint import load_checkpoint, save_checkpoint
 from shared.training.diagnosis import diagnose
-from shared.training.loop import evaluate, next_token_loss, train
+from shared.training.loop import train
+from shared.training.losses import evaluate, next_token_loss
 from shared.training.optimizers import build_optimizers
 from shared.training.schedules import build_schedule
 

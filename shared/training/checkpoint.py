@@ -12,8 +12,7 @@ first), and two processes that write into the same folder at once.
 Follows the usual order write, fsync, rename, fsync of the folder (Pillai et al., 2014, "All File Systems
 Are Not Created Equal").
 
-Explained and proven in ch05_pretraining/03_schedules_and_optimizers.ipynb; written from there by `make
-promote`.
+Explained and proven in ch05_pretraining/05_many_machines.ipynb; written from there by `make promote`.
 """
 
 import hashlib
@@ -151,6 +150,7 @@ def save_checkpoint(
             there before is untouched.
         ValueError: `step` or `keep_last` is too small.
     """
+    # Refuse what cannot be, and name what will be written.
     if step < 0 or (keep_last is not None and keep_last < 1):
         raise ValueError(f"step is {step}, keep_last {keep_last}; at least 0 and at least 1 are needed")
     folder = Path(folder)
@@ -168,6 +168,7 @@ def save_checkpoint(
         "sha256": {},
     }
     try:
+        # Everything goes into a folder with another name first.
         if final.exists():
             raise FileExistsError("it exists already")
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,7 @@ def save_checkpoint(
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / name)
             state["sha256"][name] = _sha256(part / name)
         (part / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        # On the disk before it has its name.
         for path in (*part.iterdir(), part):
             _to_disk(path)
         os.rename(part, final)  # the moment in which the checkpoint comes into being
@@ -187,6 +189,7 @@ def save_checkpoint(
         raise CheckpointError(
             f"{final} was not written: {error}; earlier checkpoints are untouched"
         ) from error
+    # Only now may an earlier one go.
     for path in checkpoints(folder)[:-keep_last] if keep_last else ():
         _remove(path)
     return final

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from shared.training.loop import IGNORE, Batch, next_token_loss
+from shared.training.batches import IGNORE, Batch
+from shared.training.losses import next_token_loss
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def diagnose(
         The checks, causes that hide others first: the first one that has not passed is the one to look into.
     """
     with torch.random.fork_rng():
+        # The untrained model on the first batch: its loss, its targets, its gradients.
         inputs, targets = batches[0]
         with torch.no_grad():
             logits = model(inputs)
@@ -168,12 +170,15 @@ def diagnose(
         norms = gradient_norms(model, inputs, targets)
         blocks = [norm for part, norm in norms.items() if part[-1].isdigit()] or list(norms.values())
         one_row = targets[:1] != IGNORE
+        # One update of a copy: how far does the learning rate go?
         pupil = copy.deepcopy(model)
         optimizer = make_optimizer(pupil.parameters())
         ratios = update_ratios(pupil, lambda: overfit(pupil, batches[0], optimizer, n_steps=1))
+        # Another copy learns one row by heart.
         pupil = copy.deepcopy(model)
         small = inputs[:1, : one_row.sum()], targets[:1, : one_row.sum()]
         learnt = overfit(pupil, small, make_optimizer(pupil.parameters()))
+        # Causes that hide others come first.
         largest = max(ratios.values())
         return [
             Check(

@@ -1,16 +1,16 @@
-"""The training loop of every language model here: documents to batches, the loss, its units, evaluation, the
-loop and its log.
+"""One training loop: for a language model, and with a loss of your own for anything else that learns by
+gradients.
 
-A batch is a pair (inputs, targets) of int64 ids (batch, tokens); a target of `IGNORE` counts for nothing.
-Losses are in nats, the natural logarithm's unit. The loss of a step is the mean over its targets, however
-they are spread over rows and accumulated batches.
+The loss of an update is the mean over its targets, however they are spread over rows and accumulated
+batches. `loss` says what a step learns from: the next token unless told otherwise. A classifier, for
+example, is trained with `loss=lambda model, inputs, targets:
+torch.nn.functional.cross_entropy(model(inputs), targets, reduction="sum")`.
 
 Left out: optimisers of our own and schedules (shared.training.optimizers, shared.training.schedules),
 loss scaling for float16, saving and resuming (shared.training.checkpoint), several processes
 (ch05_pretraining/pretrain.py).
 
-Follows Radford et al. (2019, "Language Models are Unsupervised Multitask Learners") for the objective,
-Pascanu et al. (2013, "On the difficulty of training recurrent neural networks") for clipping the
+Follows Pascanu et al. (2013, "On the difficulty of training recurrent neural networks") for clipping the
 gradient's norm.
 
 Explained and proven in ch05_pretraining/01_training_loop.ipynb; written from there by `make promote`.
@@ -20,188 +20,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
-import numpy as np
-import tiktoken
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-IGNORE = -100  # the target that counts for nothing, as in torch.nn.functional.cross_entropy
-
-Batch = tuple[Tensor, Tensor]
-
-
-def next_token_loss(
-    logits: Tensor, targets: Tensor, ignore_index: int = IGNORE, reduction: str = "mean"
-) -> Tensor:
-    """Return -log p(target) in nats.
-
-    Args:
-        logits: (batch, tokens, vocab_size); position t holds the prediction of targets[:, t].
-        targets: int64 ids (batch, tokens).
-        ignore_index: Targets of this value count for nothing.
-        reduction: "mean" over the targets (NaN where there are none), "sum", or "none" for (batch, tokens) with zeros
-            where ignored.
-
-    Raises:
-        ValueError: The shapes do not fit.
-    """
-    if logits.dim() != 3 or logits.shape[:2] != targets.shape:
-        raise ValueError(
-            f"logits must be (batch, tokens, vocab_size) with targets (batch, tokens), "
-            f"got {tuple(logits.shape)} and {tuple(targets.shape)}"
-        )
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()  # 8 or 11 bits are too few for a sum over the vocabulary
-    # One row a target: with the vocabulary in the middle, (batch, vocab_size, tokens), torch is five times slower.
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
-    )
-    return losses.view_as(targets) if reduction == "none" else losses
-
-
-def perplexity(loss: float) -> float:
-    """Return e to the mean loss in nats per token: the number of equally probable tokens that are as hard to guess."""
-    return math.exp(loss)
-
-
-def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Return the loss of a whole text, in nats, as bits for each of its UTF-8 bytes; ValueError if it has none."""
-    if n_bytes < 1:
-        raise ValueError(f"n_bytes must be at least 1, got {n_bytes}")
-    return nats / math.log(2) / n_bytes
-
-
-def document_row(text: str, encoding: tiktoken.Encoding) -> list[int]:
-    """Return [end] + ids + [end]: the model reads the first end token and predicts everything after it."""
-    return [encoding.eot_token, *encoding.encode_ordinary(text), encoding.eot_token]
-
-
-def pad_rows(rows: Sequence[Sequence[int]]) -> Batch:
-    """Return rows of ids as one batch, padded on the right to the longest.
-
-    Args:
-        rows: At least one, each of at least two ids.
-
-    Returns:
-        inputs: int64 (rows, longest - 1), each row less its last id. The padding repeats id 0: under a causal mask no
-            real token sees it.
-        targets: int64 (rows, longest - 1), each row less its first id, padded with `IGNORE`.
-
-    Raises:
-        ValueError: There is no row, or one has fewer than two ids.
-    """
-    shortest = min(map(len, rows), default=0)
-    if shortest < 2:
-        raise ValueError(
-            f"rows must be at least one, each of at least two ids, got {len(rows)} with {shortest}"
-        )
-    longest = max(map(len, rows)) - 1
-    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
-    targets = torch.full_like(inputs, IGNORE)
-    for i, row in enumerate(rows):
-        ids = torch.as_tensor(row, dtype=torch.int64)
-        inputs[i, : len(row) - 1] = ids[:-1]
-        targets[i, : len(row) - 1] = ids[1:]
-    return inputs, targets
-
-
-def row_batches(
-    rows: Iterable[Sequence[int]], batch_size: int, *, seed: int = 0, pool: int = 8
-) -> Iterator[Batch]:
-    """Yield batches of rows of similar length, so that little is padding. Every row is used exactly once.
-
-    `pool` batches at a time are read from `rows`, which may be endless, sorted by length, cut, and yielded in random
-    order. The last batch may be smaller. Raises ValueError if `batch_size` or `pool` is below 1.
-    """
-    if batch_size < 1 or pool < 1:
-        raise ValueError(f"batch_size and pool must be at least 1, got {batch_size} and {pool}")
-    return _row_batches(iter(rows), batch_size, np.random.default_rng(seed), pool)
-
-
-def _row_batches(
-    rows: Iterator[Sequence[int]], batch_size: int, rng: np.random.Generator, pool: int
-) -> Iterator[Batch]:
-    while read := list(islice(rows, pool * batch_size)):
-        read.sort(key=len)
-        batches = [read[i : i + batch_size] for i in range(0, len(read), batch_size)]
-        for i in rng.permutation(len(batches)):
-            yield pad_rows(batches[i])
-
-
-def shuffled_rows(
-    rows: Sequence[Sequence[int]], *, seed: int = 0, epochs: int | None = None
-) -> Iterator[Sequence[int]]:
-    """Yield all rows, in a new random order in each epoch; without end if `epochs` is None."""
-    epoch = 0
-    while rows and (epochs is None or epoch < epochs):
-        for i in np.random.default_rng([seed, epoch]).permutation(len(rows)):
-            yield rows[i]
-        epoch += 1
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The loss of a model on a text: `loss` in nats per token, `nats` of all tokens together, number of `tokens`."""
-
-    loss: float
-    nats: float
-    tokens: int
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None) -> Evaluation:
-    """Return the loss of `model` on all `batches`, each target counted once.
-
-    The model runs without dropout and is in its former mode afterwards. Raises ValueError if there is no target.
-    """
-    nats, n_tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        for inputs, targets in _on_device(batches, model):
-            with _precision(inputs.device, autocast):
-                losses = next_token_loss(model(inputs), targets, reduction="none")
-            nats += losses.double().sum().item()
-            n_tokens += int((targets != IGNORE).sum())
-    finally:
-        model.train(was_training)
-    if not n_tokens:
-        raise ValueError("batches hold no target to evaluate")
-    return Evaluation(nats / n_tokens, nats, n_tokens)
-
-
-def loss_per_document(model: nn.Module, rows: Sequence[Sequence[int]], batch_size: int = 32) -> float:
-    """Return the mean over the rows of -log p(row), in nats per row, each read from its first token.
-
-    For tales this is the loss whose lowest possible value is known: `shared.tales.generator.entropy()`.
-    Raises ValueError if there is no row, or as `pad_rows` does.
-    """
-    ordered = sorted(rows, key=len)
-    batches = (pad_rows(ordered[i : i + batch_size]) for i in range(0, len(ordered), batch_size))
-    return evaluate(model, batches).nats / len(ordered)
-
-
-def choose_device() -> torch.device:
-    """Return the device that `LLM_DEVICE` names; "auto", the default, is a GPU if there is one, else the CPU."""
-    name = os.environ.get("LLM_DEVICE", "auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
-    device = next(model.parameters()).device
-    return ((inputs.to(device), targets.to(device)) for inputs, targets in batches)
-
-
-def _precision(device: torch.device, dtype: torch.dtype | None) -> torch.autocast | nullcontext:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+from shared.training.batches import IGNORE, Batch
+from shared.training.losses import next_token_loss, on_device, precision
 
 
 @dataclass(frozen=True)
@@ -221,6 +49,14 @@ class Record:
     grad_norm: float | None = None
 
 
+StepLoss = Callable[[nn.Module, Any, Tensor], Tensor]
+
+
+def summed_next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the losses of all targets, in nats: what `train` learns from unless told otherwise."""
+    return next_token_loss(model(inputs), targets, reduction="sum")
+
+
 def train(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -228,6 +64,7 @@ def train(
     *,
     n_steps: int,
     start_step: int = 0,
+    loss: StepLoss = summed_next_token_loss,
     schedule: Callable[[int], float] | None = None,
     max_grad_norm: float | None = 1.0,
     accumulation: int = 1,
@@ -235,15 +72,21 @@ def train(
     auxiliary_loss: Callable[[nn.Module], Tensor] | None = None,
     evaluate_every: int | None = None,
     on_evaluate: Callable[[int], float | None] | None = None,
+    on_step: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Train `model` and return the log: one record for each step, and one for step `start_step` before any update.
 
     Args:
-        model: Called as model(inputs), it returns logits (batch, tokens, vocab_size). It ends in its former mode.
-        batches: (inputs, targets) of ids; a list or a loader is read again when it ends, an iterator must last.
+        model: Called as model(inputs), it returns logits (batch, tokens, vocab_size), unless `loss` calls it otherwise.
+            It ends in its former mode. Parameters that need no gradient stay as they are.
+        batches: (inputs, targets) of ids; a list or a loader is read again when it ends, an iterator must last. With a
+            `loss` of your own, inputs may be a tuple or dict of tensors, and targets any tensor with one number for
+            each thing that counts: ids, classes, pairs to be compared. Those equal to `IGNORE` do not count.
         optimizers: One, or several that share the parameters among them.
         n_steps: Number of the last step; updates are numbered start_step + 1 to n_steps.
         start_step: Updates done earlier, when a run is resumed.
+        loss: loss(model, inputs, targets) returns the losses of the targets of a batch that count, or their sum, never
+            their mean: it is divided here, by the number of targets of the whole update.
         schedule: schedule(k), k from 0, is the factor on each group's initial learning rate ("initial_lr" of the
             group, set from "lr" where missing) in update k + 1; without it the rates stay as they are.
         max_grad_norm: Longer gradients of all parameters together are shortened to this norm; None leaves them.
@@ -254,16 +97,19 @@ def train(
         evaluate_every: Steps between two calls of `on_evaluate`.
         on_evaluate: Called as on_evaluate(step) before the first step, every `evaluate_every` steps and after the
             last, with the model in evaluation mode; the validation loss it may return goes to the log.
+        on_step: Called with the record of each update as soon as it is made, so that a log outlives a run that is
+            interrupted or explodes.
 
     Raises:
         ValueError: An argument is out of range, the batches end, or one holds no target.
         FloatingPointError: Loss or gradient is not finite; the update of this step has not been made.
     """
+    # What is trained, and where its batches come from.
     optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
     _check_training(optimizers, n_steps, start_step, max_grad_norm, accumulation, autocast, evaluate_every)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training, source = model.training, _on_device(_lasting(batches), model)
+    was_training, source = model.training, on_device(_lasting(batches), model)
     n_tokens, seconds = 0, 0.0
 
     def validation(step: int) -> float | None:
@@ -283,28 +129,36 @@ def train(
         with tqdm(total=n_steps, initial=start_step, unit="step", disable=quiet) as bar:
             for step in range(start_step + 1, n_steps + 1):
                 started = time.perf_counter()
+                # The learning rate of this update.
                 if schedule is not None:
                     for group in groups:
                         group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(step - 1)
+                # Its batches, and how many targets they hold together.
                 step_batches = list(islice(source, accumulation))
                 n_targets = sum(int((targets != IGNORE).sum()) for _, targets in step_batches)
                 if not n_targets:
                     raise ValueError(f"the batches of step {step} hold no target")
+                # Forward and backward; a long gradient is shortened.
                 model.zero_grad()
-                loss = _accumulate(model, step_batches, n_targets, autocast, auxiliary_loss)
+                mean = _accumulate(model, loss, step_batches, n_targets, autocast, auxiliary_loss)
                 norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
-                if not (math.isfinite(loss) and math.isfinite(norm)):
+                # Nothing that is not a number may reach the weights.
+                if not (math.isfinite(mean) and math.isfinite(norm)):
                     raise FloatingPointError(
-                        f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; a lower learning rate, warm-up or "
+                        f"step {step}: loss {mean:.4g}, gradient norm {norm:.4g}; a lower learning rate, warm-up or "
                         "clipping may help"
                     )
+                # The update.
                 for optimizer in optimizers:
                     optimizer.step()
+                # What became of it, for the progress bar and the log.
                 n_tokens += n_targets
                 seconds += time.perf_counter() - started
-                bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / seconds:,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"loss {mean:.3f}, {n_tokens / seconds:,.0f} tokens/s", refresh=False)
                 bar.update()
-                log.append(Record(step, n_tokens, loss, validation(step), groups[0]["lr"], norm))
+                log.append(Record(step, n_tokens, mean, validation(step), groups[0]["lr"], norm))
+                if on_step is not None:
+                    on_step(log[-1])
     finally:
         model.train(was_training)
     return log
@@ -312,7 +166,8 @@ def train(
 
 def _accumulate(
     model: nn.Module,
-    batches: Sequence[Batch],
+    loss: StepLoss,
+    batches: Sequence[tuple[Any, Tensor]],
     n_targets: int,
     autocast: torch.dtype | None,
     auxiliary_loss: Callable[[nn.Module], Tensor] | None,
@@ -320,16 +175,16 @@ def _accumulate(
     """Add the gradients of the mean loss over all `n_targets` targets of `batches` and return that loss."""
     total = 0.0
     for inputs, targets in batches:
-        with _precision(inputs.device, autocast):
-            loss = next_token_loss(model(inputs), targets, reduction="sum") / n_targets
-        total += loss.item()
+        with precision(targets.device, autocast):
+            part = loss(model, inputs, targets).sum() / n_targets
+        total += part.item()
         if auxiliary_loss is not None:
-            loss = loss + auxiliary_loss(model) / len(batches)
-        loss.backward()
+            part = part + auxiliary_loss(model) / len(batches)
+        part.backward()
     return total
 
 
-def _lasting(batches: Iterable[Batch]) -> Iterator[Batch]:
+def _lasting(batches: Iterable) -> Iterator:
     while True:
         n_read = 0
         for batch in batches:

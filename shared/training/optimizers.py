@@ -221,12 +221,15 @@ def build_optimizers(
     Raises:
         ValueError: A name or number is not allowed, or "muon" finds no matrix inside `blocks`.
     """
+    # Refuse what cannot work.
     if name not in OPTIMIZERS:
         raise ValueError(f"name must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     for label, rate in (("learning_rate", learning_rate), ("matrix_learning_rate", matrix_learning_rate)):
         if not 0 < rate < math.inf:
             raise ValueError(f"{label} must be above 0, got {rate}")
     check_options(lr=learning_rate, weight_decay=weight_decay, betas=betas)
+
+    # Muon takes the matrices inside the blocks; fused projections are cut into queries, keys and values.
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     optimizers: list[Optimizer] = []
     if name == "muon":
@@ -240,12 +243,16 @@ def build_optimizers(
             groups[splits.get(parameter)].append(parameter)
         matrices = [{"params": parameters, "split": split} for split, parameters in groups.items()]
         optimizers.append(Muon(matrices, matrix_learning_rate, weight_decay=weight_decay))
+
+    # What is left goes to the optimizer of that name, matrices with decay and vectors without.
     decayed = [value for value in trained.values() if value.dim() > 1]
     kept = [value for value in trained.values() if value.dim() <= 1]
     pairs = ((decayed, weight_decay), (kept, 0.0))
     groups_of_rest = [{"params": values, "weight_decay": decay} for values, decay in pairs if values]
     if groups_of_rest:
         optimizers.append(OPTIMIZERS[name](groups_of_rest, learning_rate, betas, eps))
+
+    # The peak, which schedules multiply.
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

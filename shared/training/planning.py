@@ -11,8 +11,8 @@ Follows Rajbhandari et al. (2020, "ZeRO"), Narayanan et al. (2021, "Efficient La
 Training on GPU Clusters Using Megatron-LM") and Korthikanti et al. (2022, "Reducing Activation
 Recomputation in Large Transformer Models").
 
-Explained and proven in ch05_pretraining/03_schedules_and_optimizers.ipynb; written from there by `make
-promote`.
+Explained and proven in ch05_pretraining/04_precision_memory_and_scaling.ipynb and
+ch05_pretraining/05_many_machines.ipynb; written from there by `make promote`.
 """
 
 import math
@@ -204,6 +204,7 @@ def plan(
     Raises:
         ValueError: The rows do not divide, or the layout does not divide heads, blocks or nodes.
     """
+    # Refuse what does not divide.
     per_copy = n_rows // layout.data
     for name, value, divisor in (
         ("n_rows", n_rows, layout.data * micro_rows),
@@ -213,23 +214,24 @@ def plan(
     ):
         if value % divisor:
             raise ValueError(f"{name}={value} must be a multiple of {divisor} for {layout}")
+    # Computing, with the repeated forward pass and the idle ends of the pipeline.
     parameters, micro_batches = parameter_count(config), per_copy // micro_rows
     flops = flops_per_token(config, n_tokens) * n_rows * n_tokens
     computing = 4 / 3 * flops / layout.n_gpus / (machine.peak * machine.utilisation)
     computing *= (micro_batches + layout.pipeline - 1) / micro_batches
+    # Sending between copies: gradients, and with sharding the weights.
     weights = 2 * parameters / layout.tensor / layout.pipeline
     data = data_parallel_bytes(weights, layout.data, layout.sharded)
-    if (
-        layout.sharded
-    ):  # without enough memory to keep them, the weights are gathered again for every micro-batch
+    if layout.sharded:
+        # Without enough memory to keep them, the weights are gathered again for every micro-batch.
         data += (micro_batches - 1) * data_parallel_bytes(weights, layout.data, False)
-    sum_bytes = (
-        2 * per_copy * n_tokens * config.emb_dim
-    )  # one all-reduce of hidden vectors, all micro-batches
+    # Sending inside a copy: hidden vectors, between the parts of a matrix and between stages.
+    sum_bytes = 2 * per_copy * n_tokens * config.emb_dim  # of one all-reduce, all micro-batches
     blocks = config.n_layers / layout.pipeline
     # Two sums forward, two in the forward pass that is repeated, two backward.
     tensor = 6 * blocks * data_parallel_bytes(sum_bytes, layout.tensor, False)
     stages = 2 * sum_bytes if layout.pipeline > 1 else 0  # hidden vectors on, their gradients back
+    # The longer of computing and sending counts; sums of tensor parallelism have to be waited for.
     within = layout.n_gpus <= machine.node
     seconds = max(computing, (data + stages) / (machine.inside if within else machine.between))
     return Plan(

@@ -17,7 +17,7 @@ from shared.model.gpt import GPTModel
 from shared.tales.distribution import expected_loss, next_tokens
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator
-from shared.training.loop import document_row
+from shared.training.batches import document_row
 from shared.weights.pretrained import load_pretrained
 
 

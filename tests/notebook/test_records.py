@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.notebook.records import replace_rows
+from shared.notebook.records import read_rows, replace_row, replace_rows
 from shared.pretraining.processes import cpu_name
 
 COLUMNS = ["name", "seed", "loss"]
@@ -34,6 +34,17 @@ def test_a_wrong_row_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="lost"):
         replace_rows(path, COLUMNS, [{"name": "b", "seed": 1, "lost": 3.0}], by_name)
     assert rows_of(path) == [("a", "1", "3.0")] and list(tmp_path.iterdir()) == [path]
+
+
+def test_one_row_replaces_the_row_with_the_same_values_of_its_key(tmp_path):
+    path = tmp_path / "record.csv"
+    assert read_rows(path) == []
+    for name, seed, loss in (("b", 0, 1.0), ("a", 1, 2.0), ("b", 0, 3.0), ("b", 1, 4.0)):
+        replace_row(path, COLUMNS, {"name": name, "seed": seed, "loss": loss}, ("name", "seed"))
+    assert rows_of(path) == [("a", "1", "2.0"), ("b", "0", "3.0"), ("b", "1", "4.0")]
+    assert read_rows(path)[0] == {"name": "a", "seed": "1", "loss": "2.0"}
+    with pytest.raises(ValueError, match="lost"):
+        replace_row(path, COLUMNS, {"name": "a", "seed": 1, "lost": 0.0}, ("name", "seed"))
 
 
 def test_the_processor_has_a_name():

@@ -31,8 +31,9 @@ from shared.pretraining.processes import Processes
 from shared.tales.distribution import expected_loss, next_tokens
 from shared.tales.encoding import TALE_TOKENIZER_FILE, tale_encoding
 from shared.tales.generator import TaleGenerator
+from shared.training.batches import document_row
 from shared.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
-from shared.training.loop import document_row, loss_per_document
+from shared.training.losses import loss_per_document
 from tests.tools.architecture import ROOT
 
 SCRIPT = ROOT / "ch05_pretraining" / "pretrain.py"

@@ -9,7 +9,8 @@ from ch05_pretraining import calibrate
 from shared.generation.engine import generate
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.tales.generator import TaleGenerator
-from shared.training.loop import document_row, loss_per_document
+from shared.training.batches import document_row
+from shared.training.losses import loss_per_document
 from shared.weights.huggingface import save_checkpoint_folder
 from shared.weights.pretrained import load_pretrained
 

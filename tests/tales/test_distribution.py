@@ -10,7 +10,8 @@ import torch
 from shared.tales.distribution import NextTokens, expected_loss, next_tokens
 from shared.tales.encoding import VOCAB_SIZE, tale_encoding
 from shared.tales.generator import TaleGenerator, entropy
-from shared.training.loop import next_token_loss
+from shared.training.batches import IGNORE
+from shared.training.losses import next_token_loss
 
 STORIES = list(TaleGenerator(31).stories(600))
 
@@ -118,7 +119,7 @@ def test_draws_have_the_expected_loss_on_average():
     start = found.counts[:place].sum()
     mean = 0.0
     for i in range(start, start + found.counts[place]):
-        targets = torch.full((1, length), -100)
+        targets = torch.full((1, length), IGNORE)
         targets[0, place] = int(found.ids[i])
         mean += found.probabilities[i] * next_token_loss(logits, targets).item()
     assert losses[0, place].item() == pytest.approx(mean, rel=1e-5)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shared.model.gpt import GPTConfig, GPTModel
+from shared.training.batches import IGNORE, pad_rows
 from shared.training.diagnosis import (
     Check,
     diagnose,
@@ -22,7 +23,7 @@ from shared.training.diagnosis import (
     target_offset,
     update_ratios,
 )
-from shared.training.loop import IGNORE, next_token_loss, pad_rows
+from shared.training.losses import next_token_loss
 
 V = 40
 

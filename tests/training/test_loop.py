@@ -1,4 +1,4 @@
-"""`shared.training.loop` against torch and transformers, and what must hold of its batches, losses and log."""
+"""`shared.training.loop` against plain loops in torch, and what must hold of its log, for any loss."""
 
 import copy
 import math
@@ -6,238 +6,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from shared.model.gpt import GPTConfig, GPTModel
 from shared.model.layers import balance_loss
-from shared.tales.encoding import tale_encoding
-from shared.tales.generator import TaleGenerator, entropy
-from shared.training.loop import (
-    IGNORE,
-    bits_per_byte,
-    choose_device,
-    document_row,
-    evaluate,
-    loss_per_document,
-    next_token_loss,
-    pad_rows,
-    perplexity,
-    row_batches,
-    shuffled_rows,
-    train,
-)
-
-ROWS = st.lists(st.lists(st.integers(0, 19), min_size=2, max_size=9), min_size=1, max_size=20)
-
-
-def build(seed: int = 0, **options) -> GPTModel:
-    shape = {"vocab_size": 20, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
-    torch.manual_seed(seed)
-    return GPTModel(GPTConfig(**{**shape, "dropout": 0.0, **options}))
-
-
-def random_batch(rows: int = 4, tokens: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(20, (rows, tokens + 1), generator=torch.Generator().manual_seed(seed))
-    return ids[:, :-1], ids[:, 1:]
+from shared.training.batches import IGNORE, pad_rows
+from shared.training.loop import train
+from shared.training.losses import next_token_loss
+from tests.training.small import build, random_batch
 
 
 def adamw(model: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=lr)
-
-
-class Uniform(nn.Module):
-    """A model that knows nothing."""
-
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(vocab_size))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.logits.expand(*tokens.shape, -1)
-
-
-# --- losses and their units
-
-
-def test_loss_is_minus_the_log_of_the_target_s_probability():
-    logits = torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]]).log()
-    targets = torch.tensor([[0, 2]])
-    expected = torch.tensor([[math.log(2), math.log(8)]])
-    torch.testing.assert_close(next_token_loss(logits, targets, reduction="none"), expected)
-    assert next_token_loss(logits, targets).item() == pytest.approx(math.log(4))
-    assert next_token_loss(logits, targets, reduction="sum").item() == pytest.approx(math.log(16))
-    ignored = torch.tensor([[0, IGNORE]])
-    assert next_token_loss(logits, ignored).item() == pytest.approx(math.log(2))
-    assert next_token_loss(logits, targets, ignore_index=2).item() == pytest.approx(math.log(2))
-
-
-def test_loss_and_gradients_equal_transformers():
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_head=2, n_layer=1, bos_token_id=None,
-                   eos_token_id=None)
-    ).eval()  # fmt: skip
-    ids = torch.randint(20, (3, 9), generator=torch.Generator().manual_seed(0))
-    labels = ids.clone()
-    labels[0, 5:] = IGNORE
-    theirs = model(ids, labels=labels).loss
-    ours = next_token_loss(model(ids).logits[:, :-1], labels[:, 1:])
-    torch.testing.assert_close(ours, theirs)
-    weight = model.transformer.wte.weight
-    torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (ours, theirs)))
-
-
-def test_low_precision_logits_are_summed_in_float32():
-    logits = torch.randn(2, 3, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
-    targets = torch.zeros(2, 3, dtype=torch.int64)
-    assert next_token_loss(logits, targets) == next_token_loss(logits.float(), targets)
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 5), (3, 3, 5)])
-def test_loss_refuses_shapes_that_do_not_fit(shape):
-    with pytest.raises(ValueError, match="logits must be"):
-        next_token_loss(torch.zeros(shape), torch.zeros(2, 3, dtype=torch.int64))
-
-
-def test_units():
-    assert perplexity(math.log(7)) == pytest.approx(7)
-    assert bits_per_byte(math.log(256) * 10, 10) == pytest.approx(
-        8
-    )  # guessing evenly among bytes costs 8 bits
-    with pytest.raises(ValueError, match="n_bytes must be at least 1, got 0"):
-        bits_per_byte(1.0, 0)
-
-
-# --- rows and batches
-
-
-def test_document_row_of_a_story():
-    encoding = tale_encoding()
-    story = TaleGenerator(0).sample().text
-    row = document_row(story, encoding)
-    assert row[0] == row[-1] == encoding.eot_token
-    assert encoding.decode(row[1:-1]) == story
-    assert document_row("<|endoftext|>", encoding).count(encoding.eot_token) == 2  # a name is no token
-
-
-@given(ROWS)
-def test_padding_loses_nothing(rows):
-    inputs, targets = pad_rows(rows)
-    assert inputs.dtype == targets.dtype == torch.int64
-    assert inputs.shape == targets.shape == (len(rows), max(map(len, rows)) - 1)
-    for row, source, target in zip(rows, inputs.tolist(), targets.tolist(), strict=True):
-        n = len(row) - 1
-        assert source[:n] == row[:-1] and target[:n] == row[1:]
-        assert set(target[n:]) <= {IGNORE}
-
-
-@pytest.mark.parametrize("rows", [[], [[1]], [[1, 2], []]])
-def test_padding_refuses_rows_without_a_target(rows):
-    with pytest.raises(ValueError, match="rows must be"):
-        pad_rows(rows)
-
-
-@settings(deadline=None, max_examples=30)
-@given(rows=ROWS, batch_size=st.integers(1, 5), pool=st.integers(1, 4), seed=st.integers(0, 3))
-def test_batches_hold_every_row_once(rows, batch_size, pool, seed):
-    batches = list(row_batches(rows, batch_size, pool=pool, seed=seed))
-    assert all(len(inputs) <= batch_size for inputs, _ in batches)
-    assert len(batches) == math.ceil(len(rows) / batch_size)
-    found = []
-    for inputs, targets in batches:
-        for source, target in zip(inputs.tolist(), targets.tolist(), strict=True):
-            n = sum(id != IGNORE for id in target)
-            found.append([source[0], *target[:n]])
-    assert sorted(found) == sorted(map(list, rows))
-    again = list(row_batches(rows, batch_size, pool=pool, seed=seed))
-    assert all(
-        torch.equal(a, b)
-        for one, two in zip(batches, again, strict=True)
-        for a, b in zip(one, two, strict=True)
-    )
-
-
-def test_batches_of_similar_length_hold_little_padding_and_read_a_stream_lazily():
-    rng = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, 100, (256,), generator=rng).tolist()
-    rows = [[1] * length for length in lengths]
-    share = lambda batches: (
-        sum((t == IGNORE).sum().item() for _, t in batches) / sum(t.numel() for _, t in batches)
-    )
-    assert share(list(row_batches(rows, 16, pool=16))) < 0.3 * share(list(row_batches(rows, 16, pool=1)))
-    endless = iter(lambda: [1, 2], None)
-    assert next(row_batches(endless, 4))[0].shape == (4, 1)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        row_batches(rows, 0)
-
-
-def test_shuffled_rows_are_a_new_permutation_in_each_epoch():
-    rows = [[i] for i in range(50)]
-    drawn = list(shuffled_rows(rows, seed=1, epochs=2))
-    first, second = drawn[:50], drawn[50:]
-    assert sorted(first) == sorted(second) == rows and first != second != rows
-    assert list(shuffled_rows(rows, seed=1, epochs=2)) == drawn != list(shuffled_rows(rows, seed=2, epochs=2))
-    assert list(shuffled_rows([])) == []
-
-
-# --- evaluation
-
-
-def test_guessing_evenly_costs_log_of_the_vocabulary():
-    found = evaluate(Uniform(20), [random_batch(), random_batch(2, 5)])
-    assert found.tokens == 4 * 8 + 2 * 5
-    assert found.loss == pytest.approx(math.log(20)) and found.nats == pytest.approx(
-        found.tokens * math.log(20)
-    )
-
-
-def test_evaluation_does_not_depend_on_batching_or_dropout_and_keeps_the_mode():
-    model = build(dropout=0.5)
-    rows = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12], [3, 1]]
-    whole = loss_per_document(model, rows, batch_size=4)
-    assert model.training
-    assert loss_per_document(model, rows, batch_size=1) == pytest.approx(whole, abs=1e-5)
-    single = evaluate(model.eval(), [pad_rows(rows)])
-    assert not model.training
-    assert single.nats / 4 == pytest.approx(whole, abs=1e-5) and single.tokens == sum(map(len, rows)) - 4
-    with pytest.raises(ValueError, match="no target"):
-        evaluate(model, [])
-
-
-def test_the_mode_is_restored_after_an_error():
-    model = build().train()
-    with pytest.raises(ValueError, match="tokens must be ids"):
-        evaluate(model, [(torch.tensor([[99]]), torch.tensor([[1]]))])
-    assert model.training
-
-
-def test_bfloat16_evaluation_is_close():
-    model = build()
-    exact, rough = (
-        evaluate(model, [random_batch()], autocast=dtype).loss for dtype in (None, torch.bfloat16)
-    )
-    assert exact != rough and rough == pytest.approx(exact, abs=0.02)
-
-
-def test_floor_of_the_tales_is_below_an_untrained_model():
-    encoding = tale_encoding()
-    rows = [document_row(story.text, encoding) for story in TaleGenerator(1).stories(4)]
-    torch.manual_seed(0)
-    model = GPTModel(GPTConfig.preset("tales-1m", n_layers=1))
-    assert loss_per_document(model, rows) > 10 * entropy()
-
-
-@pytest.mark.parametrize(("value", "expected"), [("cpu", "cpu"), ("meta", "meta")])
-def test_device_comes_from_the_environment(monkeypatch, value, expected):
-    monkeypatch.setenv("LLM_DEVICE", value)
-    assert choose_device().type == expected
-    monkeypatch.delenv("LLM_DEVICE")
-    assert choose_device().type in ("cpu", "cuda", "mps")
-
-
-# --- the loop
 
 
 def test_steps_equal_a_plain_loop_in_torch():
@@ -408,3 +187,110 @@ def test_arguments_out_of_range(options, message):
     assert str(caught.value) == message
     with pytest.raises(ValueError, match="optimizers must be at least one"):
         train(model, [random_batch()], [], n_steps=1)
+
+
+# --- other losses
+
+
+class Classifier(nn.Module):
+    """Two classes from the mean of some numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(numbers).tanh())
+
+
+def class_losses(model: nn.Module, numbers: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(numbers), classes, reduction="none")
+
+
+def labeled(n_batches: int, rows: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(n_batches, rows, 6, generator=generator)
+    return [(part, (part.sum(dim=1) > 0).long()) for part in numbers]
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_classification_loss_equals_a_plain_loop_to_the_last_digit(summed):
+    ours, plain, batches = Classifier(), Classifier(), labeled(8)
+    loss = (lambda *arguments: class_losses(*arguments).sum()) if summed else class_losses
+    log = train(ours, batches, adamw(ours), n_steps=8, loss=loss, schedule=lambda k: 1 - k / 8)
+    optimizer, losses = adamw(plain), []
+    for k, (numbers, classes) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / 8)
+        mean = F.cross_entropy(plain(numbers), classes, reduction="none").sum() / len(classes)
+        optimizer.zero_grad()
+        mean.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        losses.append(mean.item())
+    assert [record.loss for record in log[1:]] == losses
+    assert [record.tokens for record in log] == [5 * step for step in range(9)]
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_loss_of_one_s_own_accumulates_and_leaves_out_what_is_ignored():
+    (numbers, classes), *_ = labeled(1, rows=6)
+    classes[4:] = IGNORE
+    one, several = Classifier().double(), Classifier().double()
+    numbers = numbers.double()
+    loss = lambda model, x, y: F.cross_entropy(model(x), y, ignore_index=IGNORE, reduction="sum")
+    options = {"n_steps": 2, "loss": loss}
+    train(one, [(numbers[:4], classes[:4])], torch.optim.SGD(one.parameters(), lr=0.1), **options)
+    parts = [(numbers[:1], classes[:1]), (numbers[1:], classes[1:])]
+    train(several, parts, torch.optim.SGD(several.parameters(), lr=0.1), accumulation=2, **options)
+    for a, b in zip(one.parameters(), several.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_preferences_with_two_inputs_and_frozen_weights():
+    # As in DPO: a pair of texts goes in, a number of the frozen reference is the target, and pairs are counted.
+    model, batch = build(), random_batch()[0]
+    for parameter in model.token_embedding.parameters():
+        parameter.requires_grad_(False)
+    frozen = model.token_embedding.weight.clone()
+
+    def preference(model, inputs, reference):
+        better, worse = (
+            -next_token_loss(model(ids[:, :-1]), ids[:, 1:], reduction="none").sum(dim=1) for ids in inputs
+        )
+        return -F.logsigmoid(better - worse - reference)
+
+    pairs = [((batch, batch.flip(1)), torch.zeros(4))]
+    log = train(model, pairs, adamw(model), n_steps=30, loss=preference)
+    assert log[1].loss == pytest.approx(math.log(2), abs=0.3) and log[-1].loss < 0.3
+    assert log[-1].tokens == 30 * 4
+    assert torch.equal(model.token_embedding.weight, frozen)
+
+
+def test_distillation_learns_the_teacher_s_distribution():
+    teacher, student, (inputs, targets) = build(seed=3).eval(), build(), random_batch()
+
+    def divergence(model, inputs, targets):
+        with torch.no_grad():
+            wanted = teacher(inputs).log_softmax(dim=-1)
+        return F.kl_div(model(inputs).log_softmax(dim=-1), wanted, reduction="none", log_target=True).sum(-1)
+
+    log = train(student, [(inputs, targets)], adamw(student), n_steps=40, loss=divergence)
+    assert log[1].tokens == targets.numel() and log[-1].loss < 0.2 * log[1].loss
+
+
+def test_every_record_is_shown_as_it_is_made_and_outlives_an_explosion():
+    model, seen = build(), []
+    log = train(model, [random_batch()], adamw(model), n_steps=3, on_step=seen.append)
+    assert seen == log[1:]
+    seen.clear()
+    with pytest.raises(FloatingPointError, match=r"step \d+") as caught:
+        train(
+            model,
+            [random_batch()],
+            torch.optim.SGD(model.parameters(), lr=1e6),
+            n_steps=50,
+            max_grad_norm=None,
+            on_step=seen.append,
+        )
+    assert str(caught.value).startswith(f"step {len(seen) + 1}:")

@@ -12,7 +12,8 @@ from transformers import logging as transformers_logging
 from shared.model.gpt import GPTModel
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator, derivations
-from shared.training.loop import document_row, loss_per_document
+from shared.training.batches import document_row
+from shared.training.losses import loss_per_document
 from shared.weights.huggingface import export_to_hugging_face
 from shared.weights.pretrained import CHECKPOINTS, load_pretrained, shipped_checkpoints
 from tests.benchmarks.sampled_stories import sample_stories
