@@ -20,7 +20,7 @@ from shared.model.gpt import GPTModel
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.training.loop import IGNORE, bits_per_byte, document_row, evaluate, pad_rows
-from shared.weights.huggingface import save_checkpoint_folder
+from shared.weights.files import save_checkpoint_folder
 from shared.weights.pretrained import load_pretrained
 
 

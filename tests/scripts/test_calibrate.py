@@ -10,7 +10,7 @@ from shared.generation.engine import generate
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.tales.generator import TaleGenerator
 from shared.training.loop import document_row, loss_per_document
-from shared.weights.huggingface import save_checkpoint_folder
+from shared.weights.files import save_checkpoint_folder
 from shared.weights.pretrained import load_pretrained
 
 
