@@ -1,10 +1,10 @@
 """Files of weights: safetensors read header by header and a few rows at a time, and checkpoint folders.
 
-`load_safetensors` checks every name and shape before it moves a number. A folder is written so that it
-stands under its name only when it is complete.
+`load_safetensors` checks every name and shape before it moves a number. `write_folder` gives a folder its
+name when it is complete.
 
-Left out: pickled checkpoints, which can run code when they are read, quantised weights, and models
-written into several files (they are read).
+Left out: pickled checkpoints, which can run code when they are read, quantised weights, and writing a
+model in several files; they are read.
 
 Follows the safetensors format of Hugging Face: a header in JSON, then the numbers.
 
@@ -79,10 +79,12 @@ def load_safetensors(
             model's is tied; a parameter has no counterpart or no memory ("meta"); or a file is damaged.
         FileNotFoundError: A file is missing.
     """
+    # Where the numbers go: the parameters under the file's names.
     parameters = model.named_parameters()
     views = huggingface_views(model, family) if family else {name: p.detach() for name, p in parameters}
     if on_meta := [name for name, view in views.items() if view.is_meta]:
         raise ValueError(f"{on_meta[0]} is on the meta device, where nothing can be loaded into it")
+    # Where they come from: each full name in one file, buffers left out.
     prefix = {None: "", "gpt2": "transformer."}.get(family, "model.")
     sources, shapes = {}, {}
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
@@ -92,19 +94,21 @@ def load_safetensors(
                 raise ValueError(f"{path} holds {name}, which an earlier file holds too")
             if not _BUFFERS.search(full):
                 sources[full], shapes[full] = (path, name), shape
+    # Some programs store a tied head a second time: it must be the embedding.
     head, embedding = "lm_head.weight", f"{FAMILIES.get(family, {}).get('token_embedding')}.weight"
-    # Some programs store a tied head a second time.
     if head not in views and {head, embedding} <= sources.keys():
         pairs = zip(read_pieces(*sources[head]), read_pieces(*sources[embedding]), strict=False)
         if shapes[head] != shapes[embedding] or not all(torch.equal(a, b) for (_, a), (_, b) in pairs):
             raise ValueError(f"{head} differs from {embedding}: the model needs tie_weights=False")
         del sources[head]
+    # All names and shapes must fit before a number moves.
     if wrong := sorted(views.keys() ^ sources.keys()):
         where = "is missing in the file" if wrong[0] in views else "has no place in the model"
         raise ValueError(f"{wrong[0]} {where}; {len(wrong)} names do not match")
     for name, view in views.items():
         if shapes[name] != tuple(view.shape):
             raise ValueError(f"{name} must have shape {tuple(view.shape)}, got {shapes[name]}")
+    # Then the numbers, a few rows at a time.
     for name, view in views.items():
         for start, rows in read_pieces(*sources[name]):
             view[start : start + len(rows)].copy_(rows)
@@ -133,34 +137,109 @@ def stored_dtype(paths: Iterable[Path]) -> torch.dtype:
     return choose("dtype of the stored weights", max(counts, key=counts.get, default="none"), _STORED)
 
 
-def save_checkpoint_folder(model: GPTModel, folder: str | os.PathLike[str], **details: object) -> None:
+def save_checkpoint_folder(
+    model: GPTModel,
+    folder: str | os.PathLike[str],
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    replace: bool = False,
+    **details: object,
+) -> None:
     """Write a folder in our own format, which any configuration has: weights, and config.json with `details` (JSON).
 
-    Raises FileExistsError if the folder holds something.
+    Args:
+        model: The configuration is its own, and without `state` the weights are.
+        folder: Where to write; see `write_folder`.
+        state: The parameters by name, for a model of which this process holds only a part.
+        replace: Write in the place of an earlier checkpoint; see `write_folder`.
+        details: How the weights came about.
+
+    Raises:
+        ValueError: `state` has not the names and shapes of the parameters.
+        FileExistsError: The folder holds something that may not be replaced.
+        OSError: It cannot be written; what was there before is as it was.
     """
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    write_folder(folder, {"config.json": {"model": asdict(model.config), **details}}, tensors)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state = parameters if state is None else state
+    if wrong := sorted(state.keys() ^ parameters.keys()):
+        raise ValueError(
+            f"state must have the names of the model's parameters, got a difference in {wrong[0]}"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != parameters[name].shape:
+            expected = tuple(parameters[name].shape)
+            raise ValueError(f"state must have {name} of shape {expected}, got {tuple(tensor.shape)}")
+    write_folder(folder, {"config.json": {"model": asdict(model.config), **details}}, state, replace=replace)
 
 
 def write_folder(
-    folder: str | os.PathLike[str], files: Mapping[str, object], tensors: Mapping[str, Tensor]
+    folder: str | os.PathLike[str],
+    files: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    *,
+    replace: bool = False,
 ) -> None:
-    """Write JSON files and model.safetensors; FileExistsError if the folder holds something."""
+    """Write JSON files and model.safetensors into a folder that gets its name when it is complete and on the disk.
+
+    A process that is killed on the way leaves a hidden folder beside it and nothing else. Between the two renames of a
+    replacement, for a moment, the earlier folder and the new one both lie in there, each complete.
+
+    Args:
+        folder: It must not exist, or be empty.
+        files: Name -> content.
+        tensors: The weights by name.
+        replace: The folder may also hold files of the names that are written; they go when the new ones are complete.
+
+    Raises:
+        FileExistsError: The folder holds something else.
+        OSError: It cannot be written (disk full, no permission); what was there before is as it was.
+    """
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"folder {folder} exists already and is not an empty folder")
+    own = {*files, "model.safetensors"} if replace else set()
+    # Nothing is lost that nobody has given up.
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= own):
+        allowed = f"hold nothing but {', '.join(sorted(own))}" if replace else "be empty"
+        raise FileExistsError(f"folder must be new or {allowed}, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as hidden:
-        part = Path(hidden) / "part"
+        part, earlier = Path(hidden, "part"), Path(hidden, "earlier")
         part.mkdir()
+        # All files, under hidden names.
         for name, content in files.items():
-            (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-        # A copy of each, as the format stores no views.
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (part / name).write_text(text, encoding="utf-8", newline="\n")
+        # A copy of each tensor, as the format stores no views.
         copies = {
             name: tensor.cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        save_file(copies, part / "model.safetensors", metadata={"format": "pt"})
-        if folder.exists():
-            folder.rmdir()  # Windows gives no folder the name of another, empty or not
-        part.rename(folder)
+        try:
+            save_file(copies, part / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder} cannot be written: {error}") from error
+        # Everything to the disk: a power cut could otherwise leave the name and empty files.
+        for path in (*part.iterdir(), part):
+            to_disk(path)
+        # What has the name gives it up, and gets it back if the rest fails.
+        if folder.exists() and replace:
+            folder.rename(earlier)
+        elif folder.exists():
+            folder.rmdir()
+        try:
+            part.rename(folder)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(folder)
+            raise
+        to_disk(folder.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Ask the system to bring a file, or the names in a folder, to the disk; Windows has no way for folders."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

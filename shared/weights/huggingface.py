@@ -48,6 +48,7 @@ def hugging_face_tokenizer(encoding: tiktoken.Encoding | BPETokenizer) -> Tokeni
 
     Raises ValueError if the encoding is no byte pair encoding, or its ids have gaps.
     """
+    # The vocabulary, its bytes as visible characters.
     if isinstance(encoding, BPETokenizer):
         encoding = encoding.to_tiktoken()
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
@@ -57,13 +58,16 @@ def hugging_face_tokenizer(encoding: tiktoken.Encoding | BPETokenizer) -> Tokeni
         raise ValueError(
             f"encoding {encoding.name!r} must have the ids 0 to {encoding.n_vocab - 1}, each once"
         )
+    # The merges, in the order of the ranks of what they make.
     pairs = (last_merge(token, ranks) for token in shown if len(token) > 1)
     merges = [(shown[left], shown[right]) for left, right in pairs]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    # Before the merges the text is cut by the pattern and made visible; decoding goes back.
     split = pre_tokenizers.Split(Regex(encoding._pat_str), "isolated")
     visible = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, visible])
     tokenizer.decoder = decoders.ByteLevel()
+    # Special tokens are found in the text as it was given.
     names = sorted(special, key=special.get)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return tokenizer
@@ -85,6 +89,7 @@ def export_to_hugging_face(
     """
     values = config_to_hf(model.config)
     files, end = {}, None
+    # The tokenizer in two files: what it does, and how transformers wraps it.
     if encoding is not None:
         encoding = encoding.to_tiktoken() if isinstance(encoding, BPETokenizer) else encoding
         if encoding.n_vocab > model.config.vocab_size:
@@ -98,6 +103,7 @@ def export_to_hugging_face(
             "eos_token": encoding.decode([end]),
             "clean_up_tokenization_spaces": False,
         }
+    # The configuration twice: for the model, and for its `generate`.
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     dtype = str(model.token_embedding.weight.dtype).removeprefix("torch.")
     files |= {"config.json": values | ids | {"dtype": dtype}, "generation_config.json": ids}

@@ -83,6 +83,7 @@ def load_pretrained(
         FileNotFoundError: The folder lacks a file.
         DownloadError: The Hub's file cannot be had.
     """
+    # Configuration and files: from the Hub, or from a folder.
     name = os.fspath(name_or_path)
     if name in GPT2_REPOSITORIES:
         repository, commit = GPT2_REPOSITORIES[name]
@@ -96,6 +97,7 @@ def load_pretrained(
             raise ValueError(f"name_or_path must be one of {allowed}, or an existing folder, got {name!r}")
         family, config = read_config(folder / "config.json")
         files = weight_files(folder)
+    # The weights go straight into a model that has none.
     model = empty_model(config, device, dtype or stored_dtype(files))
     load_safetensors(model, files, family)
     return model.eval()

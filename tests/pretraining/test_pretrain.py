@@ -290,6 +290,24 @@ def test_the_exported_model_has_the_recorded_losses(finished):
     assert losses[-1] < losses[0] - 1.5
 
 
+def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(folder, finished, monkeypatch):
+    out, target = folder / "again", folder / "exported"
+    shutil.copytree(finished, out)
+    given = arguments(out, "--checkpoint-every", "100", "--export", str(target))
+    for _ in range(2):
+        main_in_process(monkeypatch, *given)
+        config = json.loads((target / "config.json").read_text())
+        assert list(config) == ["model", "recipe", "results", "hardware", "cpu_seconds"]
+        weights = [path / "model.safetensors" for path in (target, finished / "export")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(
+        SystemExit, match=r"pretrain: folder must be new or hold nothing but config\.json, .*exported"
+    ):
+        main_in_process(monkeypatch, *given)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+
+
 @pytest.mark.parametrize("exact", [[], ["--exact-targets", "--outside-weight", "5"]], ids=["drawn", "exact"])
 def test_parts_of_a_batch_add_up_to_the_whole(exact, folder):
     losses = {}

@@ -1,14 +1,22 @@
 """`shared.weights.files`: safetensors as others write them, read in pieces, and folders written whole."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import shared.weights.files
+from shared.data.download import REPOSITORY_ROOT
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.weights.configs import config_from_hf
 from shared.weights.files import (
@@ -187,3 +195,173 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     export_to_hugging_face(build(), tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "taken"]
+
+
+@pytest.mark.parametrize("names", [[], ["config.json"], ["config.json", "model.safetensors"]])
+def test_a_checkpoint_is_replaced_only_when_that_is_asked_for(names, tmp_path):
+    first, second, folder = build(1), build(2, n_layers=1), tmp_path / "saved"
+    save_checkpoint_folder(first, folder, note="first")
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+    if names:
+        with pytest.raises(FileExistsError, match=r"folder must be new or be empty, got .*saved"):
+            save_checkpoint_folder(second, folder)
+        assert sorted(path.name for path in folder.iterdir()) == names
+    save_checkpoint_folder(second, folder, replace=True)
+    assert same_parameters(load_pretrained(folder), second)
+    assert "note" not in json.loads((folder / "config.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_folder_with_more_than_a_checkpoint_is_never_replaced(tmp_path):
+    model, folder = build(), tmp_path / "saved"
+    save_checkpoint_folder(model, folder)
+    (folder / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for path in (folder, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match=r"new or hold nothing but config.json, model.safetensors"):
+            save_checkpoint_folder(build(2), path, replace=True)
+    assert same_parameters(load_pretrained(folder), model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "saved"]
+
+
+def test_a_given_state_is_written_and_must_fit(tmp_path):
+    model, other = build(1, tie_weights=True), build(2, tie_weights=True)
+    state = {name: parameter.detach() for name, parameter in other.named_parameters()}
+    save_checkpoint_folder(model, tmp_path / "saved", state=state)
+    assert same_parameters(load_pretrained(tmp_path / "saved"), other)
+    norm = "final_norm.weight"
+    for wrong, message in (
+        ({**state, "extra": state[norm]}, "names of the model's parameters, got a difference in extra"),
+        ({name: state[name] for name in state if name != norm}, f"got a difference in {norm}"),
+        ({**state, norm: state[norm][:5]}, rf"{norm} of shape \(24,\), got \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_checkpoint_folder(model, tmp_path / "wrong", state=wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_config_json_is_the_same_text_on_every_system(tmp_path):
+    save_checkpoint_folder(build(), tmp_path / "saved", note="für später")
+    text = (tmp_path / "saved" / "config.json").read_bytes()
+    assert text.endswith(b"\n}\n") and b"\r" not in text and "für später".encode() in text
+
+
+def state_of(folder: Path, models: dict[str, GPTModel]) -> str:
+    """Return which of the models a folder is, "" where there is none; it must not be anything between."""
+    if not folder.exists():
+        return ""
+    config = json.loads((folder / "config.json").read_text())
+    assert same_parameters(load_pretrained(folder), models[config["note"]])
+    return config["note"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_at_every_step_the_folder_is_the_earlier_one_or_the_new_one(replace, monkeypatch, tmp_path):
+    # Whoever is killed leaves what is there at this moment.
+    models, folder, seen = {"first": build(1), "second": build(2)}, tmp_path / "saved", []
+    if replace:
+        save_checkpoint_folder(models["first"], folder, note="first")
+
+    def watched(function):
+        def watching(*arguments, **options):
+            seen.append(state_of(folder, models))
+            if not seen[-1] and replace:
+                hidden = next(tmp_path.glob(".saved-*"))
+                assert state_of(hidden / "earlier", models) == "first"
+                assert state_of(hidden / "part", models) == "second"
+            return function(*arguments, **options)
+
+        return watching
+
+    for owner, name in (
+        (shared.weights.files, "save_file"),
+        (shared.weights.files, "to_disk"),
+        (Path, "mkdir"),
+        (Path, "write_text"),
+        (Path, "rename"),
+        (shutil, "rmtree"),
+    ):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    save_checkpoint_folder(models["second"], folder, note="second", replace=replace)
+    seen.append(state_of(folder, models))
+    order = [state for state, before in zip(seen, [None, *seen], strict=False) if state != before]
+    assert order == (["first", "", "second"] if replace else ["", "second"]) and len(seen) > 8
+
+
+@pytest.mark.parametrize("failing", ["save_file", "to_disk", "rename"])
+@pytest.mark.parametrize(
+    "error", [OSError("no space left"), SafetensorError("no space left"), KeyboardInterrupt()]
+)
+def test_an_error_in_any_step_leaves_what_was_there(error, failing, monkeypatch, tmp_path):
+    first, folder = build(1), tmp_path / "saved"
+    save_checkpoint_folder(first, folder)
+    owner = Path if failing == "rename" else shared.weights.files
+    real, left = getattr(owner, failing), {"save_file": 1, "to_disk": 2, "rename": 2}[failing]
+
+    def fail(*arguments: object, **options: object) -> object:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, failing, fail)
+    expected = OSError if isinstance(error, SafetensorError) and failing == "save_file" else type(error)
+    with pytest.raises(expected):
+        save_checkpoint_folder(build(2), folder, replace=True)
+    assert same_parameters(load_pretrained(folder), first)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.posix
+def test_a_full_disk_is_one_clear_error_and_leaves_what_was_there(tmp_path):
+    import resource
+
+    first, folder = build(1), tmp_path / "saved"
+    save_checkpoint_folder(first, folder)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"saved cannot be written: "):
+            save_checkpoint_folder(build(2), folder, replace=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert same_parameters(load_pretrained(folder), first)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from shared.weights.files import save_checkpoint_folder
+from shared.weights.pretrained import load_pretrained
+left = int(sys.argv[1])
+real = Path.rename
+def dying(*values):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*values)
+Path.rename = dying
+save_checkpoint_folder(load_pretrained(sys.argv[2]), sys.argv[3], note="second", replace=True)
+"""
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_killed_process_leaves_the_earlier_folder_whole(stage, tmp_path):
+    models = {"first": build(1), "second": build(2)}
+    for name, model in models.items():
+        save_checkpoint_folder(model, tmp_path / name, note=name)
+    command = [sys.executable, "-c", KILLED, str(stage), str(tmp_path / "second"), str(tmp_path / "first")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY_ROOT)}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    hidden = next(tmp_path.glob(".first-*"))
+    where = tmp_path / "first" if stage == 1 else hidden / "earlier"
+    assert state_of(where, models) == "first" and state_of(hidden / "part", models) == "second"
+    # The next one is not disturbed.
+    save_checkpoint_folder(models["second"], tmp_path / "first", note="second", replace=True)
+    assert state_of(tmp_path / "first", models) == "second"
