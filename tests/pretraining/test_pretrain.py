@@ -229,7 +229,7 @@ def test_sigterm_to_one_of_two_processes_saves_and_stops_both(server, folder, un
 def test_torchrun_with_a_sharded_model_gives_the_losses_of_one_process(folder, unbroken):
     out = folder / "sharded"
     given = arguments(out, "--parallel", "fsdp", "--accumulation", "2", "--steps", "6")
-    given += ["--checkpoint-every", "3", "--model", *SMALL[8:12]]
+    given += ["--checkpoint-every", "3", "--export", str(out / "export"), "--model", *SMALL[8:12]]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
@@ -243,6 +243,9 @@ def test_torchrun_with_a_sharded_model_gives_the_losses_of_one_process(folder, u
     )
     for name, tensor in whole.model.items():
         torch.testing.assert_close(sharded.model[name], tensor, atol=1e-4, rtol=0)
+    exported = load_file(out / "export" / "model.safetensors")
+    assert exported.keys() == sharded.model.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in sharded.model.items())
 
 
 @pytest.mark.parametrize(("world", "printed"), [("1", "before after late"), ("2", "before")])
