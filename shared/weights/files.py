@@ -181,8 +181,8 @@ def write_folder(
 ) -> None:
     """Write JSON files and model.safetensors into a folder that gets its name when it is complete and on the disk.
 
-    A process that is killed on the way leaves a hidden folder beside it and nothing else. Between the two renames of a
-    replacement, for a moment, the earlier folder and the new one both lie in there, each complete.
+    A process that is killed on the way leaves a hidden folder beside it and nothing else. A replacement takes two
+    renames; one killed between them leaves the earlier folder and the new one in there, each complete.
 
     Args:
         folder: It must not exist, or be empty.
@@ -196,28 +196,18 @@ def write_folder(
     """
     folder = Path(folder).absolute()
     own = {*files, "model.safetensors"} if replace else set()
-    # Nothing is lost that nobody has given up.
+    # What lies there must be nothing, or what may be replaced.
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= own):
         allowed = f"hold nothing but {', '.join(sorted(own))}" if replace else "be empty"
         raise FileExistsError(f"folder must be new or {allowed}, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as hidden:
         part, earlier = Path(hidden, "part"), Path(hidden, "earlier")
-        part.mkdir()
-        # All files, under hidden names.
-        for name, content in files.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (part / name).write_text(text, encoding="utf-8", newline="\n")
-        # A copy of each tensor, as the format stores no views.
-        copies = {
-            name: tensor.cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
+        # Everything under a hidden name, and to the disk: a power cut could otherwise leave a name and empty files.
         try:
-            save_file(copies, part / "model.safetensors", metadata={"format": "pt"})
+            _write_files(part, files, tensors)
         except SafetensorError as error:
             raise OSError(f"{folder} cannot be written: {error}") from error
-        # Everything to the disk: a power cut could otherwise leave the name and empty files.
         for path in (*part.iterdir(), part):
             to_disk(path)
         # What has the name gives it up, and gets it back if the rest fails.
@@ -232,6 +222,19 @@ def write_folder(
                 earlier.rename(folder)
             raise
         to_disk(folder.parent)
+
+
+def _write_files(folder: Path, files: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Make a folder and write JSON files and model.safetensors into it."""
+    folder.mkdir()
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    # A copy of each tensor, as the format stores no views.
+    copies = {
+        name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def to_disk(path: Path) -> None:
