@@ -21,7 +21,7 @@ from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.training.batches import IGNORE, document_row, pad_rows
 from shared.training.losses import bits_per_byte, evaluate
-from shared.weights.huggingface import save_checkpoint_folder
+from shared.weights.files import save_checkpoint_folder
 from shared.weights.pretrained import load_pretrained
 
 

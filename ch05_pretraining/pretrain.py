@@ -12,9 +12,7 @@ before.
 """
 
 import datetime
-import json
 import math
-import os
 import signal
 import statistics
 import time
@@ -25,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from shared.model.gpt import GPTConfig, GPTModel
@@ -46,6 +43,7 @@ from shared.training.checkpoint import (
 from shared.training.losses import bits_per_byte, next_token_loss
 from shared.training.optimizers import build_optimizers, set_learning_rates
 from shared.training.schedules import build_schedule
+from shared.weights.files import save_checkpoint_folder
 from shared.weights.pretrained import load_pretrained
 
 
@@ -450,7 +448,7 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the model in the format of `shared/checkpoints`: weights, and how they came about."""
-        model = {name: whole(tensor).cpu().contiguous() for name, tensor in model_state(self.model).items()}
+        state = {name: whole(tensor) for name, tensor in model_state(self.model).items()}
         results = {
             **self.evaluation,
             "train_loss": statistics.fmean(self.recent),
@@ -458,18 +456,15 @@ class Run:
         }
         if self.floor:
             results["floor_per_document"] = self.floor
-        config = {"model": asdict(self.config), "recipe": asdict(self.options), "results": results}
-        config |= {"hardware": hardware(self.processes), "cpu_seconds": round(self.cpu_seconds())}
-
-        def write() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(model, folder / "model.safetensors.part")
-            text = json.dumps(config, indent=2) + "\n"
-            (folder / "config.json.part").write_text(text, encoding="utf-8", newline="\n")
-            for name in ("model.safetensors", "config.json"):
-                os.replace(folder / f"{name}.part", folder / name)
-
-        self.processes.on_first(write)
+        details = {
+            "recipe": asdict(self.options),
+            "results": results,
+            "hardware": hardware(self.processes),
+            "cpu_seconds": round(self.cpu_seconds()),
+        }
+        self.processes.on_first(
+            lambda: save_checkpoint_folder(self.model, folder, state=state, replace=True, **details)
+        )
 
 
 def main() -> None:

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from shared.model.gpt import PRESETS, GPTConfig
-from shared.weights.huggingface import config_to_hf
-from shared.weights.pretrained import empty_model, huggingface_views
+from shared.weights.configs import config_to_hf
+from shared.weights.names import huggingface_views
+from shared.weights.pretrained import empty_model
 
 START = """
 import sys, time
@@ -30,7 +31,8 @@ import torch
 from pathlib import Path
 from safetensors.torch import load_file
 from shared.model.gpt import GPTConfig, GPTModel
-from shared.weights.pretrained import huggingface_views, load_pretrained
+from shared.weights.names import huggingface_views
+from shared.weights.pretrained import load_pretrained
 folder, name = Path(sys.argv[1]), sys.argv[2]
 {imports}
 print("ready", flush=True)

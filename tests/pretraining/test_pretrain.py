@@ -230,7 +230,7 @@ def test_sigterm_to_one_of_two_processes_saves_and_stops_both(server, folder, un
 def test_torchrun_with_a_sharded_model_gives_the_losses_of_one_process(folder, unbroken):
     out = folder / "sharded"
     given = arguments(out, "--parallel", "fsdp", "--accumulation", "2", "--steps", "6")
-    given += ["--checkpoint-every", "3", "--model", *SMALL[8:12]]
+    given += ["--checkpoint-every", "3", "--export", str(out / "export"), "--model", *SMALL[8:12]]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
@@ -244,6 +244,9 @@ def test_torchrun_with_a_sharded_model_gives_the_losses_of_one_process(folder, u
     )
     for name, tensor in whole.model.items():
         torch.testing.assert_close(sharded.model[name], tensor, atol=1e-4, rtol=0)
+    exported = load_file(out / "export" / "model.safetensors")
+    assert exported.keys() == sharded.model.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in sharded.model.items())
 
 
 @pytest.mark.parametrize(("world", "printed"), [("1", "before after late"), ("2", "before")])
@@ -289,6 +292,24 @@ def test_the_exported_model_has_the_recorded_losses(finished):
     assert config["cpu_seconds"] > 0 and "torch" in config["hardware"]
     losses = [float(row["loss"]) for row in rows_of(finished / "log.csv")]
     assert losses[-1] < losses[0] - 1.5
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(folder, finished, monkeypatch):
+    out, target = folder / "again", folder / "exported"
+    shutil.copytree(finished, out)
+    given = arguments(out, "--checkpoint-every", "100", "--export", str(target))
+    for _ in range(2):
+        main_in_process(monkeypatch, *given)
+        config = json.loads((target / "config.json").read_text())
+        assert list(config) == ["model", "recipe", "results", "hardware", "cpu_seconds"]
+        weights = [path / "model.safetensors" for path in (target, finished / "export")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(
+        SystemExit, match=r"pretrain: folder must be new or hold nothing but config\.json, .*exported"
+    ):
+        main_in_process(monkeypatch, *given)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
 
 
 @pytest.mark.parametrize("exact", [[], ["--exact-targets", "--outside-weight", "5"]], ids=["drawn", "exact"])

@@ -11,7 +11,7 @@ from shared.model.gpt import GPTConfig, GPTModel
 from shared.tales.generator import TaleGenerator
 from shared.training.batches import document_row
 from shared.training.losses import loss_per_document
-from shared.weights.huggingface import save_checkpoint_folder
+from shared.weights.files import save_checkpoint_folder
 from shared.weights.pretrained import load_pretrained
 
 

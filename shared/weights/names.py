@@ -1,0 +1,101 @@
+"""Our parameters under the names of other libraries, by maps that can be read in both directions.
+
+`huggingface_views` shows the parameters of a `GPTModel` under the names and in the shapes that
+transformers has on disk. To write into the views is to import, to read them is to export.
+
+Left out: other architectures than `FAMILIES`, and other libraries than transformers.
+
+Follows the files that transformers saves.
+
+Explained and proven in ch04_gpt/05_modern_variants.ipynb; written from there by `make promote`.
+"""
+
+import re
+
+from torch import Tensor
+
+from shared.checks import choose
+from shared.model.gpt import GPTModel
+
+_LAYER = "model.layers.{}."
+_LLAMA: dict[str, str | tuple[str, ...]] = {
+    "token_embedding": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "output_head": "lm_head",
+    "blocks.{}.attention_norm": _LAYER + "input_layernorm",
+    "blocks.{}.attention.qkv": (
+        _LAYER + "self_attn.q_proj",
+        _LAYER + "self_attn.k_proj",
+        _LAYER + "self_attn.v_proj",
+    ),
+    "blocks.{}.attention.output": _LAYER + "self_attn.o_proj",
+    "blocks.{}.feed_forward_norm": _LAYER + "post_attention_layernorm",
+}
+_SWIGLU = {
+    "blocks.{}.feed_forward.gate": _LAYER + "mlp.gate_proj",
+    "blocks.{}.feed_forward.up": _LAYER + "mlp.up_proj",
+    "blocks.{}.feed_forward.down": _LAYER + "mlp.down_proj",
+}
+_QK_NORM = {
+    "blocks.{}.attention.query_norm": _LAYER + "self_attn.q_norm",
+    "blocks.{}.attention.key_norm": _LAYER + "self_attn.k_norm",
+}
+_EXPERTS = {
+    "blocks.{}.feed_forward.router": _LAYER + "block_sparse_moe.gate",
+    "blocks.{}.feed_forward.experts.{}.gate": _LAYER + "block_sparse_moe.experts.{}.w1",
+    "blocks.{}.feed_forward.experts.{}.down": _LAYER + "block_sparse_moe.experts.{}.w2",
+    "blocks.{}.feed_forward.experts.{}.up": _LAYER + "block_sparse_moe.experts.{}.w3",
+}
+_LAYER_GPT2 = "transformer.h.{}."
+_GPT2: dict[str, str | tuple[str, ...]] = {
+    "token_embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "output_head": "lm_head",
+    "blocks.{}.attention_norm": _LAYER_GPT2 + "ln_1",
+    "blocks.{}.attention.qkv": _LAYER_GPT2 + "attn.c_attn",
+    "blocks.{}.attention.output": _LAYER_GPT2 + "attn.c_proj",
+    "blocks.{}.feed_forward_norm": _LAYER_GPT2 + "ln_2",
+    "blocks.{}.feed_forward.up": _LAYER_GPT2 + "mlp.c_fc",
+    "blocks.{}.feed_forward.down": _LAYER_GPT2 + "mlp.c_proj",
+    "final_norm": "transformer.ln_f",
+}
+# Our layer -> theirs on disk, {} for the number of a block or expert. Several: our rows are theirs, stacked.
+FAMILIES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA | _SWIGLU,
+    "mistral": _LLAMA | _SWIGLU,
+    "qwen3": _LLAMA | _SWIGLU | _QK_NORM,
+    "mixtral": _LLAMA | _EXPERTS,
+}
+# In transformers' GPT-2 these matrices stand the other way round, rows are inputs (its class Conv1D).
+_TRANSPOSED = re.compile(r"transformer\.h\.\d+\.\w+\.c_\w+\.weight")
+
+
+def huggingface_views(model: GPTModel, family: str) -> dict[str, Tensor]:
+    """Return the parameters of `model` as a family has them on disk: name -> view without gradient.
+
+    A view shares memory with our parameter; what is written into it is loaded. A tied output head is left out.
+
+    Raises:
+        ValueError: The family is not in `FAMILIES`, or it has no counterpart of one of the parameters.
+    """
+    names, config = choose("family", family, FAMILIES), model.config
+    query_rows = config.n_heads * config.actual_head_dim
+    other_rows = (config.n_kv_heads or config.n_heads) * config.actual_head_dim
+    views: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        # Their name of this layer, or their three names; the map has {} for the numbers.
+        layer, _, kind = name.rpartition(".")
+        theirs = names.get(re.sub(r"\.\d+\b", ".{}", layer))
+        if theirs is None:
+            raise ValueError(f"{family} has no counterpart of {name}")
+        several = theirs if isinstance(theirs, tuple) else (theirs,)
+        # The rows of queries, keys and values are tensors of their own there.
+        data = parameter.detach()
+        parts = data.split((query_rows, other_rows, other_rows)) if len(several) == 3 else [data]
+        # Each part under its full name, turned where they store the transpose.
+        numbers = re.findall(r"\d+", name)
+        for other, part in zip(several, parts, strict=True):
+            full = f"{other.format(*numbers)}.{kind}"
+            views[full] = part.T if _TRANSPOSED.fullmatch(full) else part
+    return views
