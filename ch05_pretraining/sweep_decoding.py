@@ -22,16 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.generation.engine import generate
+from shared.generation.engine import Processor, apply_processors, generate
 from shared.generation.sampling import (
     MinP,
-    Processor,
     RepetitionPenalty,
     Temperature,
     TopK,
     TopP,
     Typical,
-    process,
 )
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.notebook.records import replace_rows
@@ -135,7 +133,7 @@ def after_each_token(
             logits = model(ids[:, :-1])  # (rows, longest + 1, vocab_size)
         for place in range(longest + 1):
             rows = (lengths >= place).nonzero()[:, 0]
-            here = process(processors, ids[rows, : place + 1], logits[rows, place])
+            here = apply_processors(processors, ids[rows, : place + 1], logits[rows, place])
             yield here, ids[rows, place + 1], rows + start
 
 

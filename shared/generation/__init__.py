@@ -1,12 +1,27 @@
 """From logits to tokens and text. In reading order:
 
-- `decode_step`: one token through a model with less of Python in between.
 - `engine`: ids to ids, in batches, with caches and streams.
+- `streaming`: text while it is written, ended by stop strings.
+- `decode_step`: one token through a model with less of Python in between.
 - `speculation`: several tokens a step, guessed and checked.
-- `sampling`: processors of logits, top-k to repetition penalties, and beam search.
+- `sampling`: processors of logits, top-k to repetition penalties.
+- `beam_search`: the continuations with the best scores.
+- `options`: all settings of a generation as plain, checked values.
 """
 
-from shared.generation.engine import generate, generate_text, stream, stream_text
-from shared.generation.sampling import MinP, Temperature, TopK, TopP
+from shared.generation.beam_search import beam_search
+from shared.generation.engine import generate, stream
+from shared.generation.options import GenerationOptions
+from shared.generation.sampling import Temperature, TopP
+from shared.generation.streaming import generate_text, stream_text
 
-__all__ = ["MinP", "Temperature", "TopK", "TopP", "generate", "generate_text", "stream", "stream_text"]
+__all__ = [
+    "GenerationOptions",
+    "Temperature",
+    "TopP",
+    "beam_search",
+    "generate",
+    "generate_text",
+    "stream",
+    "stream_text",
+]

@@ -8,7 +8,7 @@ as the module it is, and a model that it does not know is run as always.
 
 Left out: windows, post-norm blocks and interleaved rotary positions, which are run as always.
 
-Explained and proven in ch04_gpt/03_generation.ipynb; written from there by `make promote`.
+Explained and proven in ch04_gpt/04_fast_generation.ipynb; written from there by `make promote`.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,13 +38,12 @@ def decode_step(model: nn.Module) -> Step:
         return _fast_step(model)
 
     def step(tokens, positions, mask, caches):
-        options = {"positions": positions, "key_padding_mask": mask, "caches": caches}
-        return model(tokens, **options)
+        return model(tokens, positions=positions, key_padding_mask=mask, caches=caches)
 
     return step
 
 
-def bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def as_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a function that computes what `module` computes, or the module itself if it is of no known kind."""
     if _has_hooks(module):
         return module
@@ -57,10 +56,10 @@ def bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
             return lambda x: F.rms_norm(x, shape, weight, eps)
         return lambda x, bias=module.bias: F.layer_norm(x, shape, weight, bias, eps)
     if kind is FeedForward:
-        up, activation, down = bare(module.up), module.activation, bare(module.down)
+        up, activation, down = as_function(module.up), module.activation, as_function(module.down)
         return lambda x: down(activation(up(x)))
     if kind is SwiGLU:
-        gate, up, down = bare(module.gate), bare(module.up), bare(module.down)
+        gate, up, down = as_function(module.gate), as_function(module.up), as_function(module.down)
         return lambda x: down(F.silu(gate(x)) * up(x))
     return module
 
@@ -93,38 +92,36 @@ def _fast_step(model: GPTModel) -> Step:
     """`decode_step` for the GPTs that `_is_plain` accepts."""
     embedding, added = model.token_embedding.weight, model.position_embedding
     rotary = model.blocks[0].attention.rotary
-    layers = [
-        (
-            bare(b.attention_norm),
-            _attention_step(b.attention),
-            bare(b.feed_forward_norm),
-            bare(b.feed_forward),
-        )
-        for b in model.blocks
-    ]
-    final_norm, head = bare(model.final_norm), bare(model.output_head)
+    layers = []
+    for block in model.blocks:
+        norms = as_function(block.attention_norm), as_function(block.feed_forward_norm)
+        layers.append((norms, _attention_step(block.attention), as_function(block.feed_forward)))
+    final_norm, head = as_function(model.final_norm), as_function(model.output_head)
     counting = torch.arange(model.config.context_length, device=embedding.device)
 
     def step(tokens, positions, mask, caches):
         start, n = caches[0].length, tokens.shape[1]
         if positions is None:
             positions = counting[start : start + n]  # (n,), the same for all rows
+        # Tokens become vectors, and learned or sinusoidal positions are added.
         x = F.embedding(tokens, embedding)  # (rows, n, emb_dim)
         if added is not None:
             x = x + added(positions)
+        # Rotary positions are cosines and sines, looked up once for all blocks.
         factors = None
         if rotary is not None:
-            factors = (
-                rotary.table[positions].to(x.dtype).unsqueeze(-3).chunk(2, dim=-1)
-            )  # (.., 1, n, head_dim) each
+            table = rotary.table[positions].to(x.dtype).unsqueeze(-3)
+            factors = table.chunk(2, dim=-1)  # (.., 1, n, head_dim) each
+        # One mask for all blocks: no padding and, among several new tokens, none that comes later.
         if mask is not None:
             mask = mask[:, None, None]  # (rows, 1, 1, keys)
         if n > 1:
             causal = causal_mask(n, start + n, device=x.device)
             mask = causal if mask is None else mask & causal
-        for (norm, attention, feed_forward_norm, feed_forward), cache in zip(layers, caches, strict=True):
-            x = x + attention(norm(x), factors, mask, cache)
-            x = x + feed_forward(feed_forward_norm(x))
+        # The blocks, each with its own cache.
+        for ((before, between), attention, feed_forward), cache in zip(layers, caches, strict=True):
+            x = x + attention(before(x), factors, mask, cache)
+            x = x + feed_forward(between(x))
         return head(final_norm(x))
 
     return step
@@ -132,22 +129,22 @@ def _fast_step(model: GPTModel) -> Step:
 
 def _attention_step(attention: MultiHeadAttention) -> Callable[..., Tensor]:
     """Return the attention of the new tokens, x (rows, n, emb_dim), to the cached ones and to themselves."""
-    project, output, width = bare(attention.qkv), bare(attention.output), attention.head_dim
+    project, output, width = as_function(attention.qkv), as_function(attention.output), attention.head_dim
     n_heads, n_kv_heads = attention.n_heads, attention.n_kv_heads
-    norms = [norm and bare(norm) for norm in (attention.query_norm, attention.key_norm)]
+    norms = [norm and as_function(norm) for norm in (attention.query_norm, attention.key_norm)]
 
     def step(x, factors, mask, cache):
-        heads = (
-            project(x).unflatten(2, (-1, width)).transpose(1, 2)
-        )  # (rows, heads of all kinds, n, head_dim)
+        # One product makes the heads of all kinds, (rows, heads, n, head_dim).
+        heads = project(x).unflatten(2, (-1, width)).transpose(1, 2)
         turned, value = heads.split((n_heads + n_kv_heads, n_kv_heads), dim=1)
+        # Queries and keys are normalized and turned, each only where the model does so.
         if any(norms):
             parts = turned.split((n_heads, n_kv_heads), dim=1)
-            turned = torch.cat(
-                [norm(part) if norm else part for norm, part in zip(norms, parts, strict=True)], dim=1
-            )
+            normed = [norm(part) if norm else part for norm, part in zip(norms, parts, strict=True)]
+            turned = torch.cat(normed, dim=1)
         if factors is not None:  # queries and keys at once, as in RotaryPositions
             turned = torch.addcmul(turned * factors[0], turned.roll(width // 2, dims=-1), factors[1])
+        # The cache takes the new keys and values and gives all of them; attention reads those.
         query, key = turned.split((n_heads, n_kv_heads), dim=1)
         keys, values = cache.append(key, value)
         mixed = F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=n_heads > n_kv_heads)

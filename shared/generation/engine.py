@@ -1,4 +1,4 @@
-"""From a decoder's logits to tokens and text: one engine for every decoder of the project, with a key/value
+"""From prompts to new tokens, ids to ids: one engine for every decoder of the project, with a key/value
 cache, in batches, as a stream.
 
 Of a model it needs `config.context_length`, `config.vocab_size`, `new_caches(max_length)`, and a call
@@ -7,19 +7,18 @@ Of a model it needs `config.context_length`, `config.vocab_size`, `new_caches(ma
 nor on whether its tokens are streamed. How logits are reshaped before the choice (top-k and the like) is
 a matter of processors, which `shared.generation.sampling` has; this module only calls them.
 
-Left out: prompts that join a running batch, caches in pages, beam search, speculative decoding
-(`shared.generation.speculation`).
+Left out: text (`shared.generation.streaming`), beam search, speculative decoding (each in a module of its
+own), prompts that join a running batch, caches in pages.
 
 Follows Pope et al. (2023, "Efficiently Scaling Transformer Inference") on prefill and decode.
 
 Explained and proven in ch04_gpt/03_generation.ipynb; written from there by `make promote`.
 """
 
-import codecs
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypedDict, Unpack
 
-import tiktoken
 import torch
 from torch import Tensor, nn
 
@@ -51,13 +50,16 @@ class _Rows:
 
     def read(self) -> Tensor:
         """Run the model over all visible tokens into new caches (prefill); return logits (rows, vocab_size)."""
+        # A row too long for the context keeps its newest half, so that the next time is not the next token.
         for i, first in enumerate(self.visible):
-            if self.end - first > self.limit:  # keeps half, so that the next time is not the next token
+            if self.end - first > self.limit:
                 self.visible[i] = self.end - max(self.limit // 2, 1)
-        left = self.left = min(self.visible)
+        # New caches, as large as they can become.
+        left = min(self.visible)
         self.longest = self.end - left  # tokens that the model sees of the longest row
         size = min(self.limit, self.last_column - left)
         self.caches = self.model.new_caches(size)
+        # Where the rows begin at different columns, a mask hides the padding, and each row counts its own positions.
         self.mask = self.positions = None
         positions = None
         if any(first > left for first in self.visible):
@@ -66,8 +68,14 @@ class _Rows:
             self.mask = distances >= 0
             positions = distances[:, : self.longest].clamp(min=0)
             self.positions = positions[:, -1:].clone()
-        options = {"positions": positions, "key_padding_mask": self._seen(), "caches": self.caches}
-        return self.model(self.ids[:, left : self.end], last_only=True, **options).squeeze(1)
+        logits = self.model(
+            self.ids[:, left : self.end],
+            positions=positions,
+            key_padding_mask=self._seen(),
+            caches=self.caches,
+            last_only=True,
+        )
+        return logits.squeeze(1)
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Append `tokens` (rows,), run the model over them alone (decode) and return logits (rows, vocab_size)."""
@@ -84,12 +92,14 @@ class _Rows:
         """Return the mask (rows, keys) of the tokens that are no padding; None if all are."""
         return None if self.mask is None else self.mask[:, : self.longest]
 
-    def process(self, processors: Sequence[Processor], logits: Tensor) -> Tensor:
+    def apply(self, processors: Sequence[Processor], logits: Tensor) -> Tensor:
         """Let the processors change the logits: all rows at once if they are equally long, else one by one."""
         if len(set(self.begins)) == 1:
-            return _apply(processors, self.ids[:, self.begins[0] : self.end], logits)
+            return apply_processors(processors, self.ids[:, self.begins[0] : self.end], logits)
         rows = zip(self.ids, self.begins, logits, strict=True)
-        done = [_apply(processors, ids[None, begin : self.end], row[None]) for ids, begin, row in rows]
+        done = [
+            apply_processors(processors, ids[None, begin : self.end], row[None]) for ids, begin, row in rows
+        ]
         return torch.cat(done)
 
     def keep(self, rows: list[int]) -> None:
@@ -103,7 +113,18 @@ class _Rows:
             cache.reorder(index)
 
 
-def _apply(processors: Sequence[Processor], ids: Tensor, logits: Tensor) -> Tensor:
+def apply_processors(processors: Sequence[Processor], ids: Tensor, logits: Tensor) -> Tensor:
+    """Return logits (rows, vocab_size) after all processors, the first one first.
+
+    `ids` (rows, tokens), int64, are the tokens so far; a row needs at least one finite logit. Raises ValueError if a
+    shape or type does not fit, or a processor returns another shape.
+    """
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be floats (rows, vocab_size), got {logits.dtype} {tuple(logits.shape)}"
+        )
+    if ids.dim() != 2 or len(ids) != len(logits) or ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64 ({len(logits)}, tokens), got {ids.dtype} {tuple(ids.shape)}")
     for processor in processors:
         shape, logits = logits.shape, processor(ids, logits)
         if logits.shape != shape:
@@ -151,6 +172,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+class EngineOptions(TypedDict, total=False):
+    """The arguments of `generate` that `stream` and the functions for text pass on as they are."""
+
+    temperature: float
+    processors: Sequence[Processor]
+    seed: int | Sequence[int] | None
+    overflow: str
+
+
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -180,8 +210,16 @@ def generate(
     Raises:
         ValueError: An argument is out of range (it is named), or the context does not suffice.
     """
-    options = {"temperature": temperature, "processors": processors, "stop_tokens": stop_tokens}
-    steps = _start(model, prompts, max_new_tokens, seed=seed, overflow=overflow, **options)
+    steps = _start(
+        model,
+        prompts,
+        max_new_tokens,
+        stop_tokens,
+        temperature=temperature,
+        processors=processors,
+        seed=seed,
+        overflow=overflow,
+    )
     new = [[] for _ in prompts]
     for step in steps:
         for row, token in step:
@@ -189,13 +227,20 @@ def generate(
     return new
 
 
-def stream(model: nn.Module, prompt: Sequence[int], max_new_tokens: int, **options: object) -> Iterator[int]:
+def stream(
+    model: nn.Module,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    stop_tokens: Sequence[int] = (),
+    **options: Unpack[EngineOptions],
+) -> Iterator[int]:
     """Yield the ids that `generate(model, [prompt], ...)` returns, each as soon as it is chosen.
 
     The options are those of `generate`; errors are raised at the call. Until the iterator is used up or closed, the
     model stays in evaluation mode.
     """
-    steps = _start(model, [prompt], max_new_tokens, **options)
+    steps = _start(model, [prompt], max_new_tokens, stop_tokens, **options)
     return (token for step in steps for _, token in step)
 
 
@@ -203,30 +248,33 @@ def _start(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    stop_tokens: Sequence[int],
     *,
     temperature: float = 0.0,
     processors: Sequence[Processor] = (),
-    stop_tokens: Sequence[int] = (),
     seed: int | Sequence[int] | None = None,
     overflow: str = "error",
 ) -> Iterator[list[tuple[int, int]]]:
     """Check every argument and return the iterator of `_steps`."""
+    # What is refused, before anything is computed.
     if overflow not in ("error", "slide"):
         raise ValueError(f"overflow must be 'error' or 'slide', got {overflow!r}")
     prompts = check_prompts(model, prompts, max_new_tokens, may_exceed=overflow == "slide")
     stops = check_ids("stop_tokens", stop_tokens, model.config.vocab_size)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    if seed is None:
-        seeds = (
-            torch.randint(2**62, (len(prompts),)).tolist() if temperature and prompts else [0] * len(prompts)
-        )
+    # A seed for each row; without any randomness torch's own generator is left alone.
+    if seed is None and temperature and prompts:
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+    elif seed is None:
+        seeds = [0] * len(prompts)
     else:
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise ValueError(
             f"seed must be one number, or one for each of {len(prompts)} prompts, got {len(seeds)}"
         )
+    # All random numbers in advance, row by row: what one row does cannot shift those of another.
     uniforms = torch.zeros(len(prompts), max_new_tokens, dtype=torch.float64)
     if temperature:
         for row, number in zip(uniforms, seeds, strict=True):
@@ -250,16 +298,17 @@ def _steps(
     with evaluating(model):
         rows = _Rows(model, prompts, max_new_tokens)
         uniforms = uniforms.to(rows.device)
-        numbers: list[int | None] = list(
-            range(len(prompts))
-        )  # of each row's prompt; None when the row has ended
+        # The number of each row's prompt; None when the row has ended.
+        numbers: list[int | None] = list(range(len(prompts)))
         logits = rows.read()
         for step in range(max_new_tokens):
+            # From logits to one token a row.
             if logits.dtype in (torch.bfloat16, torch.float16):
                 logits = logits.float()
             if processors:
-                logits = rows.process(processors, logits)
+                logits = rows.apply(processors, logits)
             tokens = choose_tokens(logits, temperature, uniforms[:, step])
+            # A row that has chosen a stop token has ended, and does not show it.
             pairs = list(zip(numbers, tokens.tolist(), strict=True))
             if stop_tokens:
                 numbers = [None if token in stop_tokens else number for number, token in pairs]
@@ -267,7 +316,8 @@ def _steps(
             n_going = len(numbers) - numbers.count(None)
             if not n_going or step == max_new_tokens - 1:
                 return
-            if n_going <= 0.9 * len(numbers):  # copying the caches for fewer rows than that would not pay
+            # Rows that have ended leave the batch; copying the caches for fewer than a tenth would not pay.
+            if n_going <= 0.9 * len(numbers):
                 kept = [i for i, number in enumerate(numbers) if number is not None]
                 rows.keep(kept)
                 numbers, tokens, uniforms = [numbers[i] for i in kept], tokens[kept], uniforms[kept]
@@ -303,80 +353,3 @@ def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> list[int]:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise ValueError(f"{name} must hold ids from 0 to {vocab_size - 1}, got {token!r}")
     return ids
-
-
-def stream_text(
-    model: nn.Module,
-    encoding: tiktoken.Encoding,
-    prompt: str | Sequence[int],
-    max_new_tokens: int,
-    *,
-    stop_strings: Sequence[str] = (),
-    stop_tokens: Sequence[int] | None = None,
-    **options: object,
-) -> Iterator[str]:
-    """Yield the continuation of a prompt as pieces of text, each as soon as it is certain.
-
-    A character of several bytes comes whole, even if its bytes are spread over tokens; bytes that are no text become
-    U+FFFD, as in `encoding.decode`. Together the pieces are what `generate_text` returns.
-
-    Args:
-        model, max_new_tokens: As in `generate`.
-        encoding: The model's tokenizer.
-        prompt: A text, encoded without special tokens; or ids, which may hold them.
-        stop_strings: Texts that end the generation at the first one that is complete. Neither it nor what comes after
-            it is yielded, and what may become the beginning of one is held back until it is known not to be.
-        stop_tokens: As in `generate`; None stands for the encoding's end-of-text token.
-        options: `temperature`, `processors`, `seed` and `overflow` of `generate`.
-
-    Raises:
-        ValueError: As `generate`, at the call; or a stop string is empty.
-    """
-    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
-        raise ValueError(f"stop_strings must be texts of at least one character, got {stop_strings!r}")
-    ids = encoding.encode_ordinary(prompt) if isinstance(prompt, str) else prompt
-    stops = (encoding.eot_token,) if stop_tokens is None else stop_tokens
-    tokens = stream(model, ids, max_new_tokens, stop_tokens=stops, **options)
-    pieces = _until(decode_stream(encoding, tokens), tuple(stop_strings))
-    return (piece for piece in pieces if piece)
-
-
-def generate_text(
-    model: nn.Module,
-    encoding: tiktoken.Encoding,
-    prompt: str | Sequence[int],
-    max_new_tokens: int,
-    **options: object,
-) -> str:
-    """Return the continuation of a prompt, without the prompt; arguments and errors are those of `stream_text`."""
-    return "".join(stream_text(model, encoding, prompt, max_new_tokens, **options))
-
-
-def decode_stream(encoding: tiktoken.Encoding, tokens: Iterator[int]) -> Iterator[str]:
-    """Turn a stream of ids into one of text, a piece for each id and one for the end; pieces may be empty."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        yield decoder.decode(encoding.decode_single_token_bytes(token))
-    yield decoder.decode(b"", final=True)
-
-
-def _until(pieces: Iterator[str], stop_strings: tuple[str, ...]) -> Iterator[str]:
-    """Pass on the text before the first stop string that is complete."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        # The first to end wins, and of those with the same end the longest, however the text is cut into pieces.
-        found = [(held.find(stop) + len(stop), held.find(stop)) for stop in stop_strings if stop in held]
-        if found:
-            yield held[: min(found)[1]]
-            return
-        n_held = max((_overlap(held, stop) for stop in stop_strings), default=0)
-        yield held[: len(held) - n_held]
-        held = held[len(held) - n_held :]
-    yield held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest beginning of `stop`, not all of it, that `text` ends with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

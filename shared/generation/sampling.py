@@ -1,4 +1,4 @@
-"""How the next token is chosen: processors that reshape the logits, and beam search.
+"""How the next token is chosen: processors that reshape the logits.
 
 A processor is called as processor(ids, logits) and returns new logits; tokens that must not be chosen get
 minus infinity. The processors here are frozen dataclasses: they hold settings and no state, so one serves
@@ -7,50 +7,27 @@ exactly tied are treated alike, whatever order a sort would give them. A row wit
 least one.
 
 Left out: processors that need a second model or the logits of earlier steps (contrastive search,
-Mirostat), sampling within a beam, beams for several prompts at once. Drawing and stopping are the
-business of shared.generation.engine.
+Mirostat). Drawing and stopping are the business of shared.generation.engine.
 
 Follows Fan et al. (2018) for top-k, Holtzman et al. (2020) for top-p, Nguyen et al. (2024) for min-p,
-Meister et al. (2023) for typical sampling, Keskar et al. (2019) for the repetition penalty, Wu et al.
-(2016) for a beam search whose scores depend on length.
+Meister et al. (2023) for typical sampling, Keskar et al. (2019) for the repetition penalty.
 
 Explained and proven in ch05_pretraining/02_decoding.ipynb; written from there by `make promote`.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
-from shared.generation.engine import Processor, check_prompts, evaluating
-from shared.model.seq2seq import Hypothesis
+from torch import Tensor
 
 
-def process(processors: Sequence[Processor], ids: Tensor, logits: Tensor) -> Tensor:
-    """Return logits (rows, vocab_size) after all processors, the first one first.
-
-    `ids` (rows, tokens), int64, are the tokens so far; a row needs at least one finite logit. Raises ValueError if a
-    shape or type does not fit.
-    """
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits must be floats (rows, vocab_size), got {logits.dtype} {tuple(logits.shape)}"
-        )
-    if ids.dim() != 2 or len(ids) != len(logits) or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be int64 ({len(logits)}, tokens), got {ids.dtype} {tuple(ids.shape)}")
-    for processor in processors:
-        logits = processor(ids, logits)
-    return logits
-
-
-def _widen(logits: Tensor) -> Tensor:
-    """Turn half precision into float32."""
+def as_float32(logits: Tensor) -> Tensor:
+    """Turn half precision into float32, and leave the rest as it is."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _check(name: str, value: float, low: float, high: float = math.inf, *, kind: type = float) -> None:
+def check_number(name: str, value: float, low: float, high: float = math.inf, *, kind: type = float) -> None:
     """Raise ValueError unless `value` is a number from `low` to `high`, a whole one if `kind` is int."""
     is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
@@ -73,10 +50,10 @@ class Temperature:
     temperature: float
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, SMALLEST, LARGEST)
+        check_number("temperature", self.temperature, SMALLEST, LARGEST)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        return _widen(logits) / self.temperature
+        return as_float32(logits) / self.temperature
 
 
 @dataclass(frozen=True)
@@ -89,10 +66,10 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        _check("k", self.k, 1, kind=int)
+        check_number("k", self.k, 1, kind=int)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logits = _widen(logits)
+        logits = as_float32(logits)
         last = logits.topk(min(self.k, logits.shape[-1])).values[:, -1:]  # (rows, 1)
         return logits.masked_fill(logits < last, -math.inf)
 
@@ -118,10 +95,10 @@ class TopP:
     p: float
 
     def __post_init__(self) -> None:
-        _check("p", self.p, SMALLEST, 1)
+        check_number("p", self.p, SMALLEST, 1)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logits = _widen(logits)
+        logits = as_float32(logits)
         # A sum that rounds to 1 too early must not cut the tail.
         return logits if self.p == 1 else _keep_mass(logits, -logits, self.p)
 
@@ -136,10 +113,10 @@ class MinP:
     p: float
 
     def __post_init__(self) -> None:
-        _check("p", self.p, 0, 1)
+        check_number("p", self.p, 0, 1)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logits = _widen(logits)
+        logits = as_float32(logits)
         if self.p == 0:
             return logits
         least = logits.amax(dim=-1, keepdim=True) + math.log(self.p)
@@ -156,10 +133,10 @@ class Typical:
     mass: float
 
     def __post_init__(self) -> None:
-        _check("mass", self.mass, SMALLEST, 1)
+        check_number("mass", self.mass, SMALLEST, 1)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logits = _widen(logits)
+        logits = as_float32(logits)
         if self.mass == 1:
             return logits
         surprise = -logits.log_softmax(dim=-1)
@@ -179,10 +156,10 @@ class RepetitionPenalty:
     penalty: float
 
     def __post_init__(self) -> None:
-        _check("penalty", self.penalty, SMALLEST, LARGEST)
+        check_number("penalty", self.penalty, SMALLEST, LARGEST)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logits = _widen(logits)
+        logits = as_float32(logits)
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
         punished = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
         return torch.where(seen, punished, logits)
@@ -199,11 +176,11 @@ class CountPenalty:
     frequency: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("presence", self.presence, -LARGEST, LARGEST)
-        _check("frequency", self.frequency, -LARGEST, LARGEST)
+        check_number("presence", self.presence, -LARGEST, LARGEST)
+        check_number("frequency", self.frequency, -LARGEST, LARGEST)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logits = _widen(logits)
+        logits = as_float32(logits)
         times = torch.zeros_like(logits).scatter_add_(1, ids, logits.new_ones(ids.shape))
         return logits - self.frequency * times - self.presence * times.clamp(max=1)
 
@@ -218,10 +195,10 @@ class NoRepeatNGram:
     n: int
 
     def __post_init__(self) -> None:
-        _check("n", self.n, 1, kind=int)
+        check_number("n", self.n, 1, kind=int)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logits = _widen(logits)
+        logits = as_float32(logits)
         if ids.shape[1] < self.n:
             return logits
         grams = ids.unfold(1, self.n, 1)  # (rows, tokens - n + 1, n)
@@ -231,80 +208,3 @@ class NoRepeatNGram:
         banned[rows, grams[rows, places, -1]] = True
         has_others = (logits > -math.inf).logical_and(~banned).any(dim=-1, keepdim=True)
         return logits.masked_fill(banned & has_others, -math.inf)
-
-
-def beam_score(hypothesis: Hypothesis, length_penalty: float) -> float:
-    """Return log-probability / length ** length_penalty, where the length counts the end token if there is one."""
-    return hypothesis.log_probability / (len(hypothesis.ids) + hypothesis.finished) ** length_penalty
-
-
-@torch.inference_mode()
-def beam_search(
-    model: nn.Module,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    *,
-    beam_size: int,
-    end_token: int | None = None,
-    length_penalty: float = 1.0,
-    processors: Sequence[Processor] = (),
-) -> list[Hypothesis]:
-    """Return the up to `beam_size` best continuations of a prompt that a beam search finds, the best score first.
-
-    A beam of 1 is greedy decoding; a beam that is never full is complete enumeration. Equal scores come in no
-    particular order.
-
-    Args:
-        model: A decoder as `generate` needs it; it runs in evaluation mode.
-        prompt: Ids of the tokens to continue.
-        max_new_tokens: Most ids to add; what has not ended by then competes unfinished.
-        beam_size: Unfinished continuations that are followed at a time.
-        end_token: Ends a continuation; it is not part of the returned ids.
-        length_penalty: The exponent of `beam_score`: above 0 it helps long continuations, below 0 short ones.
-        processors: Applied to the logits; probabilities are those of the softmax after them.
-
-    Raises:
-        ValueError: An argument is out of range (it is named), or the context does not suffice.
-    """
-    _check("beam_size", beam_size, 1, kind=int)
-    _check("length_penalty", length_penalty, -10, 10)
-    if end_token is not None:
-        _check("end_token", end_token, 0, model.config.vocab_size - 1, kind=int)
-    [prompt] = check_prompts(model, [prompt], max_new_tokens)
-    finished: list[Hypothesis] = []
-    with evaluating(model):
-        ids = torch.tensor([prompt], device=next(model.parameters()).device)
-        caches = model.new_caches(len(prompt) + max_new_tokens)
-        logits = model(ids, last_only=True, caches=caches)[:, -1]
-        totals = torch.zeros(1, 1, device=ids.device)  # log-probabilities of the beam, (beam, 1)
-        for length in range(1, max_new_tokens + 1):
-            scores = totals + process(processors, ids, _widen(logits)).log_softmax(
-                dim=-1
-            )  # (beam, vocab_size)
-            best = scores.flatten().topk(min(2 * beam_size, scores.numel()))
-            rows, tokens = best.indices // scores.shape[1], best.indices % scores.shape[1]
-            running = []
-            for place, (total, token) in enumerate(zip(best.values.tolist(), tokens.tolist(), strict=True)):
-                if total == -math.inf:
-                    break
-                ended = token == end_token
-                if not ended and length < max_new_tokens:
-                    running.append(place)
-                elif place < beam_size:
-                    new = [*ids[rows[place], len(prompt) :].tolist(), *([] if ended else [token])]
-                    finished.append(Hypothesis(tuple(new), total, ended))
-            finished.sort(key=lambda hypothesis: -beam_score(hypothesis, length_penalty))
-            del finished[beam_size:]
-            if not running:
-                break
-            most_favourable = max_new_tokens if length_penalty > 0 else length + 1
-            bound = best.values[running[0]].item() / most_favourable**length_penalty
-            if len(finished) == beam_size and bound <= beam_score(finished[-1], length_penalty):
-                break
-            kept = torch.tensor(running[:beam_size], device=ids.device)
-            ids = torch.cat([ids[rows[kept]], tokens[kept, None]], dim=1)
-            totals = best.values[kept, None]
-            for cache in caches:
-                cache.reorder(rows[kept])
-            logits = model(ids[:, -1:], last_only=True, caches=caches)[:, -1]
-    return finished

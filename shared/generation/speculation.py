@@ -8,7 +8,7 @@ Left out: batches, and drawing at random (for that a guess is accepted with a pr
 Follows Leviathan et al. (2023, "Fast Inference from Transformers via Speculative Decoding") and, for
 guesses without a model, Saxena (2023, "Prompt Lookup Decoding").
 
-Explained and proven in ch04_gpt/03_generation.ipynb; written from there by `make promote`.
+Explained and proven in ch04_gpt/04_fast_generation.ipynb; written from there by `make promote`.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,27 +67,31 @@ def generate_speculatively(
     device, n_prompt, end = next(model.parameters()).device, len(ids), len(ids) + max_new_tokens
     caches = model.new_caches(end)
     n_passes = n_proposed = n_accepted = 0
-    guesses, unread = [], ids
+    guesses, unread = [], ids  # what the next pass reads, after what the caches hold
     with evaluating(model):
         step = decode_step(model)
         while True:
+            # One pass. Of the prompt only the last logits are wanted; later, those after the newest id and each guess.
             tokens = torch.tensor([unread + guesses], device=device)
-            # Of the prompt only the last logits are wanted; later, those after the newest id and after each guess.
             if n_passes:
                 logits = step(tokens, None, None, caches)
             else:
                 logits = model(tokens, caches=caches, last_only=True)
+            # The guesses before the first one that the model would not have chosen are right.
             choices = logits[0].argmax(dim=-1).tolist()
             n_right = next((i for i, guess in enumerate(guesses) if guess != choices[i]), len(guesses))
             n_passes, n_proposed, n_accepted = n_passes + 1, n_proposed + len(guesses), n_accepted + n_right
+            # The caches forget the wrong guesses; the model's own choice comes after the right ones.
             for cache in caches:
-                cache.crop(cache.length - len(guesses) + n_right)  # forget the wrong guesses
+                cache.crop(cache.length - len(guesses) + n_right)
             unread = choices[n_right : n_right + 1]
             ids = ids + choices[: n_right + 1]
+            # Done, if one of the new ids is a stop token or there is no room left.
             stop = next((i for i in range(len(ids) - n_right - 1, len(ids)) if ids[i] in stops), None)
             if stop is not None or len(ids) == end:
                 return Speculation(ids[n_prompt:stop], n_passes, n_proposed, n_accepted)
-            n_room = min(n_ahead, end - len(ids) - 1)  # the pass itself adds one id
+            # New guesses, one less than there is room for: the pass itself adds one id.
+            n_room = min(n_ahead, end - len(ids) - 1)
             guesses = list(propose(ids, n_room))[:n_room] if n_room else []
 
 
@@ -135,12 +139,14 @@ class DraftModel:
     def __call__(self, ids: list[int], n: int) -> list[int]:
         """Return n proposed ids, fewer at the end of the small model's context."""
         n = min(n, self.model.config.context_length + 1 - len(ids))
+        # The caches keep what they have read of these ids; of all ids at least the last is read again.
         n_same = min(len(self._read), len(ids) - 1)
         while self._read[:n_same] != ids[:n_same]:
             n_same -= 1
         for cache in self._caches:
             cache.crop(n_same)
         self._read, unread, proposed = ids[:n_same], ids[n_same:], []
+        # Greedy decoding, from the first unread id on.
         device = next(self.model.parameters()).device
         with evaluating(self.model):
             step = decode_step(self.model)

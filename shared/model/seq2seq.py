@@ -251,7 +251,7 @@ class Hypothesis:
 
 
 @torch.no_grad()
-def beam_search(
+def beam_decode(
     model: SequenceModel,
     source_ids: Tensor,
     source_mask: Tensor,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.generation.decode_step import bare, decode_step
+from shared.generation.decode_step import as_function, decode_step
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.model.layers import FeedForward, LayerNorm, MixtureOfExperts, RMSNorm, SwiGLU
 from tests.configurations import LLAMA
@@ -114,15 +114,15 @@ def test_unknown_parts_are_called_as_they_are():
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_bare(module):
+def test_as_function(module):
     x = torch.randn(2, 6)
-    assert bare(module) is not module
-    assert torch.equal(bare(module)(x), module(x))
+    assert as_function(module) is not module
+    assert torch.equal(as_function(module)(x), module(x))
 
 
-def test_bare_of_something_else_is_itself():
+def test_something_else_is_its_own_function():
     other = MixtureOfExperts(6)
-    assert bare(other) is other
+    assert as_function(other) is other
     hooked = nn.Linear(2, 2)
     hooked.register_forward_pre_hook(lambda *_: None)
-    assert bare(hooked) is hooked
+    assert as_function(hooked) is hooked

@@ -1,89 +1,25 @@
-"""`generation.engine` and `speculation` against generation without cache, batch or stream, and transformers."""
+"""`shared.generation.engine` against generation without cache, batch or stream, and against transformers."""
 
 import itertools
 import random
 from collections import Counter
 
 import pytest
-import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from shared.generation.engine import (
-    choose_tokens,
-    decode_stream,
-    evaluating,
-    generate,
-    generate_text,
-    stream,
-    stream_text,
-)
-from shared.generation.speculation import DraftModel, PromptLookup, Speculation, generate_speculatively
+from shared.generation.engine import apply_processors, choose_tokens, evaluating, generate, stream
 from shared.model.gpt import GPTConfig, GPTModel
-from shared.tales.encoding import tale_encoding
-from tests.configurations import LLAMA
-
-SMALL = {"vocab_size": 40, "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "dropout": 0.1}
-VARIANTS = {
-    "gpt2": {},
-    "llama": LLAMA,
-    "qwen3": {**LLAMA, "n_kv_heads": 1, "qk_norm": True},
-    "mistral": {**LLAMA, "window": 3},
-    "mixtral": {**LLAMA, "feed_forward": "moe", "feed_forward_dim": 8, "n_experts": 3},
-    "no positions": {"positions": "none"},
-}
-
-
-def build(seed: int = 0, **options) -> GPTModel:
-    """A small float64 model, in training mode as it comes, with weights large enough that texts vary."""
-    torch.manual_seed(seed)
-    model = GPTModel(GPTConfig(**{**SMALL, **options})).double()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    return model
-
-
-MODELS = {name: build(**options) for name, options in VARIANTS.items()}
-MODEL = MODELS["gpt2"]
-# One token for each byte, and two tokens that cut characters in two.
-BYTES = tiktoken.Encoding(
-    "bytes",
-    pat_str=r"(?s).+",
-    mergeable_ranks={bytes([i]): i for i in range(256)} | {b"a\xc3": 256, b"\xa9b": 257},
-    special_tokens={"<|endoftext|>": 258},
-)
+from tests.generation.decoders import MODEL, MODELS, build, random_prompts, slowly
 
 
 def one_liked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """A processor that looks at the number of tokens, the first and the last: padding would change its mind."""
     liked = (ids.shape[1] + ids[:, 0] + ids[:, -1]) % logits.shape[1]
     return logits + 5 * nn.functional.one_hot(liked, logits.shape[1])
-
-
-@torch.no_grad()
-def slowly(model, prompt, n, *, temperature=0.0, processors=(), stop_tokens=(), seed=0, slide=False):
-    """The same without cache, batch and stream: every token from a pass over all visible ones."""
-    limit, ids, begin = model.config.context_length, list(prompt), 0
-    uniforms = torch.empty(n, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(seed))
-    with evaluating(model):
-        for i in range(n):
-            if slide and len(ids) - begin > limit:
-                begin = len(ids) - limit // 2
-            logits = model(torch.tensor([ids[begin:]]))[:, -1]
-            for processor in processors:
-                logits = processor(torch.tensor([ids]), logits)
-            token = int(choose_tokens(logits, temperature, uniforms[i : i + 1]))
-            if token in stop_tokens:
-                break
-            ids.append(token)
-    return ids[len(prompt) :]
-
-
-def random_prompts(rng: random.Random, n: int, longest: int = 12, vocab_size: int = 40) -> list[list[int]]:
-    return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(n)]
 
 
 # --- cache = no cache, batch = one by one, stream = whole
@@ -289,91 +225,6 @@ def test_numpy_and_tensor_prompts():
     )
 
 
-# --- text
-
-
-def pieces_of(ids: list[int], stop_strings: tuple[str, ...] = ()) -> list[str]:
-    """Stream a given list of ids as text: a model that writes what it is told."""
-    return list(stream_text(Parrot(ids), BYTES, [0], len(ids), stop_strings=stop_strings))
-
-
-class Parrot(nn.Module):
-    """A decoder that writes the given ids whatever it reads, and needs no cache."""
-
-    def __init__(self, ids: list[int]) -> None:
-        super().__init__()
-        self.ids, self.n_calls = ids, 0
-        self.config = GPTConfig(vocab_size=259, context_length=len(ids) + 1)
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def new_caches(self, max_length: int) -> list:
-        return []
-
-    def forward(self, tokens: torch.Tensor, **options: object) -> torch.Tensor:
-        self.n_calls += 1
-        return nn.functional.one_hot(torch.tensor([[self.ids[self.n_calls - 1]]]), 259).float()
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 257), min_size=1, max_size=30))
-def test_pieces_of_any_bytes_make_the_whole(ids):
-    assert "".join(decode_stream(BYTES, iter(ids))) == BYTES.decode(ids)
-    assert "".join(pieces_of(ids)) == BYTES.decode(ids)
-
-
-@settings(deadline=None)
-@given(st.text(min_size=1, max_size=20))
-def test_no_character_is_split(text):
-    pieces = pieces_of(list(text.encode("utf-8")))
-    assert "".join(pieces) == text and all(len(piece) == 1 for piece in pieces)
-
-
-def test_a_token_may_hold_parts_of_two_characters():
-    assert pieces_of([256, 257]) == ["a", "éb"]
-    assert pieces_of([256]) == ["a", "\ufffd"]
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    st.text("abé", min_size=1, max_size=25),
-    st.lists(st.text("abé", min_size=1, max_size=5), max_size=3),
-    st.randoms(use_true_random=False),
-)
-def test_stop_strings(text, stop_strings, rng):
-    """Against a search from left to right over the finished text, however it is cut into tokens."""
-    ends = [n for n in range(1, len(text) + 1) if text[:n].endswith(tuple(stop_strings))]
-    expected = text
-    if ends:
-        expected = text[: ends[0] - max(len(s) for s in stop_strings if text[: ends[0]].endswith(s))]
-    ids = BYTES.encode_ordinary(text) if rng.random() < 0.5 else list(text.encode("utf-8"))
-    pieces = pieces_of(ids, tuple(stop_strings))
-    assert "".join(pieces) == expected
-
-
-def test_a_stop_string_is_held_back_and_ends_the_work():
-    ids = list(b"xx END yy")
-    model = Parrot(ids)
-    assert list(stream_text(model, BYTES, [0], len(ids), stop_strings=["END"])) == ["x", "x", " "]
-    assert model.n_calls == 6  # no token is computed after the stop string
-    assert pieces_of(list(b"E EN EMD"), ("END",)) == ["E ", "EN ", "EM", "D"]
-
-
-def test_end_of_text_stops_by_default():
-    ids = [*b"ab", 258, *b"cd"]
-    assert pieces_of(ids) == ["a", "b"]
-    assert "".join(stream_text(Parrot(ids), BYTES, [0], 5, stop_tokens=())) == "ab<|endoftext|>cd"
-
-
-def test_text_of_a_model():
-    encoding = tale_encoding()
-    model = build(vocab_size=encoding.n_vocab)
-    ids = encoding.encode_ordinary("One day")
-    written = generate(model, [ids], 12, temperature=1.0, seed=1)[0]
-    options = {"temperature": 1.0, "seed": 1, "stop_tokens": ()}
-    assert generate_text(model, encoding, "One day", 12, **options) == encoding.decode(written)
-    assert generate_text(model, encoding, ids, 12, **options) == encoding.decode(written)
-
-
 # --- bad input
 
 BAD = [
@@ -412,82 +263,21 @@ def test_bad_arguments(change, message):
                 next(result)
 
 
-def test_bad_text_arguments():
-    for wrong in ("", "END", [""], [3]):
-        with pytest.raises(ValueError, match="stop_strings must be texts of at least one character"):
-            stream_text(Parrot([1]), BYTES, [0], 1, stop_strings=wrong or [wrong])
-    with pytest.raises(ValueError, match="at least one id"):
-        stream_text(Parrot([1]), BYTES, "", 1)
-    with pytest.raises(TypeError, match="temprature"):
-        stream_text(Parrot([1]), BYTES, "a", 1, temprature=1.0)
-
-
-# --- speculative decoding
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    name=st.sampled_from(sorted(MODELS)),
-    rng=st.randoms(use_true_random=False),
-    n_new=st.integers(1, 20),
-    n_ahead=st.integers(1, 6),
-    drafter=st.sampled_from(["lookup", "corpus", "itself", "small", "wild", "none"]),
-    n_stops=st.integers(0, 3),
+@pytest.mark.parametrize(
+    ("ids", "logits", "name"),
+    [
+        (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(5), "logits"),
+        (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64), "logits"),
+        (torch.zeros(2, 2, dtype=torch.int64), torch.zeros(1, 5), "ids"),
+        (torch.zeros(1, 2), torch.zeros(1, 5), "ids"),
+        (torch.zeros(1, dtype=torch.int64), torch.zeros(1, 5), "ids"),
+    ],
 )
-def test_speculative_decoding_writes_the_same(name, rng, n_new, n_ahead, drafter, n_stops):
-    model, (prompt,) = MODELS[name], random_prompts(rng, 1)
-    propose = {
-        "lookup": PromptLookup(),
-        "corpus": PromptLookup(2, corpus=random_prompts(rng, 1, longest=200)[0]),
-        "itself": DraftModel(model),
-        "small": DraftModel(build(1, n_layers=1, context_length=16)),  # whose context ends first
-        "wild": lambda ids, n: [rng.randrange(40) for _ in range(n + 3)],
-        "none": lambda ids, n: [],
-    }[drafter]
-    stop_tokens = rng.sample(range(40), n_stops)
-    expected = generate(model, [prompt], n_new, stop_tokens=stop_tokens)[0]
-    for _ in range(2):  # a drafter may be used again
-        result = generate_speculatively(
-            model, prompt, n_new, propose, n_ahead=n_ahead, stop_tokens=stop_tokens
-        )
-        assert result.ids == expected
-        assert 0 <= result.n_accepted <= result.n_proposed <= n_ahead * result.n_passes
-        assert len(expected) <= result.n_passes + result.n_accepted <= n_new
-    if drafter == "itself" and not n_stops:
-        assert result.acceptance_rate in (1.0, 0.0) and result.n_passes == 1 + -(
-            -(n_new - 1) // (n_ahead + 1)
-        )
+def test_applying_processors_refuses_what_does_not_fit(ids, logits, name):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        apply_processors([one_liked], ids, logits)
 
 
-def test_prompt_lookup():
-    lookup = PromptLookup(3, corpus=[8, 9, 30, 31])
-    assert lookup([1, 2, 3, 4, 1, 2, 3], 2) == [4, 1]
-    assert lookup([2, 5, 1, 2, 6, 1, 2], 3) == [6, 1, 2]  # the newest of the longest match
-    assert lookup([1, 9], 5) == [30, 31]
-    assert lookup([7, 7], 3) == [7]
-    assert lookup([1, 2, 3], 4) == []
-
-
-def test_a_draft_model_reads_each_token_once():
-    n_read = []
-    draft = build(1)
-    handle = draft.register_forward_pre_hook(lambda _, arguments: n_read.append(arguments[0].shape[1]))
-    propose = DraftModel(draft)
-    first = propose([1, 2, 3], 3)
-    assert first == generate(draft, [[1, 2, 3]], 3)[0]
-    n_read.clear()
-    wrong = [1, 2, 3, first[0], (first[1] + 1) % 40]
-    proposed = propose(wrong, 2)
-    handle.remove()
-    assert n_read == [1, 1] and proposed == slowly(draft, wrong, 2)
-
-
-def test_speculation_refuses_and_counts():
-    with pytest.raises(ValueError, match="n_ahead must be at least 1, got 0"):
-        generate_speculatively(MODEL, [1], 2, PromptLookup(), n_ahead=0)
-    with pytest.raises(ValueError, match="context_length"):
-        generate_speculatively(MODEL, [1] * 30, 3, PromptLookup())
-    with pytest.raises(ValueError, match="longest must be at least 1, got 0"):
-        PromptLookup(0)
-    assert Speculation([1], 1, 0, 0).acceptance_rate == 0.0
-    assert Speculation([1], 1, 8, 6).acceptance_rate == 0.75
+def test_an_unknown_option_is_named():
+    with pytest.raises(TypeError, match="top_k"):
+        stream(MODEL, [1], 2, top_k=3)

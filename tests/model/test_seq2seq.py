@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shared.model.seq2seq import GRU, AdditiveAttention, EncoderDecoder, GRUCell, beam_search, greedy_decode
+from shared.model.seq2seq import GRU, AdditiveAttention, EncoderDecoder, GRUCell, beam_decode, greedy_decode
 
 START, END = 1, 2
 
@@ -179,7 +179,7 @@ ONE = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
 def test_beam_that_holds_everything_finds_the_exact_ranking(seed):
     model = Table(seed)
     expected = every_sequence(model, max_length=4)
-    found = beam_search(model, *ONE, START, END, max_length=4, beam_size=len(expected))
+    found = beam_decode(model, *ONE, START, END, max_length=4, beam_size=len(expected))
     assert math.isclose(sum(math.exp(h.log_probability) for h in found), 1, rel_tol=1e-9)
     assert [h.ids for h in found] == [ids for _, ids in expected]
     for hypothesis, (score, ids) in zip(found, expected, strict=True):
@@ -191,9 +191,9 @@ def test_beam_that_holds_everything_finds_the_exact_ranking(seed):
 def test_beam_of_one_equals_greedy_and_scores_are_those_of_the_model(seed):
     model = Table(seed)
     greedy = greedy_decode(model, *ONE, START, END, max_length=5)[0]
-    (best,) = beam_search(model, *ONE, START, END, max_length=5, beam_size=1)
+    (best,) = beam_decode(model, *ONE, START, END, max_length=5, beam_size=1)
     assert list(best.ids) == greedy
-    for hypothesis in beam_search(model, *ONE, START, END, max_length=5, beam_size=3):
+    for hypothesis in beam_decode(model, *ONE, START, END, max_length=5, beam_size=3):
         written = (*hypothesis.ids, END) if hypothesis.finished else hypothesis.ids
         assert math.isclose(hypothesis.log_probability, model.score(written), rel_tol=1e-6)
 
@@ -209,8 +209,8 @@ def test_decoding_a_real_model_beam_of_one_equals_greedy_and_batches_do_not_matt
     for row, written in enumerate(together):
         one = ids[row : row + 1], mask[row : row + 1]
         assert greedy_decode(model, *one, START, END, max_length=8) == [written]
-        assert list(beam_search(model, *one, START, END, 8, beam_size=1)[0].ids) == written
-        beam = beam_search(model, *one, START, END, 8, beam_size=4)
+        assert list(beam_decode(model, *one, START, END, 8, beam_size=1)[0].ids) == written
+        beam = beam_decode(model, *one, START, END, 8, beam_size=4)
         assert [h.log_probability for h in beam] == sorted((h.log_probability for h in beam), reverse=True)
         assert len({(h.ids, h.finished) for h in beam}) == 4
         for hypothesis in beam:  # its score is what teacher forcing gives to it
@@ -224,10 +224,10 @@ def test_output_stops_before_the_end_symbol_or_at_the_limit():
     model = Table(0)
     model.logits[:, :, 0] = 100.0
     assert greedy_decode(model, *ONE, START, END, max_length=3) == [[0, 0, 0]]
-    assert not beam_search(model, *ONE, START, END, 3, 1)[0].finished
+    assert not beam_decode(model, *ONE, START, END, 3, 1)[0].finished
     model.logits[:, :, END] = 200.0
     assert greedy_decode(model, *ONE, START, END, max_length=3) == [[]]
-    assert beam_search(model, *ONE, START, END, 3, 1)[0].finished
+    assert beam_decode(model, *ONE, START, END, 3, 1)[0].finished
 
 
 IDS, MASK = torch.full((2, 3), 4), torch.ones(2, 3, dtype=torch.bool)
@@ -267,9 +267,9 @@ def test_bad_input_of_the_model_is_named(attention_size, arguments, words):
         (lambda: EncoderDecoder(0, 4, 4), "vocabulary_size must be at least 1, got 0"),
         (lambda: EncoderDecoder(4, 4, 4, attention_size=0), "attention_size must be at least 1, got 0"),
         (lambda: greedy_decode(Table(0), *ONE, START, END, 0), "max_length must be at least 1, got 0"),
-        (lambda: beam_search(Table(0), *ONE, START, END, 4, 0), "beam_size must be at least 1, got 0"),
-        (lambda: beam_search(Table(0), *ONE, START, END, 0, 1), "max_length must be at least 1, got 0"),
-        (lambda: beam_search(Table(0), IDS, MASK, START, END, 4, 1), "source_ids must be one row, got 2"),
+        (lambda: beam_decode(Table(0), *ONE, START, END, 4, 0), "beam_size must be at least 1, got 0"),
+        (lambda: beam_decode(Table(0), *ONE, START, END, 0, 1), "max_length must be at least 1, got 0"),
+        (lambda: beam_decode(Table(0), IDS, MASK, START, END, 4, 1), "source_ids must be one row, got 2"),
         (lambda: a_model(4).decode_step(IDS, a_model(4).encode(IDS, MASK)), "previous_ids"),
         (lambda: a_model(4).decode_step(IDS[:1, 0], a_model(4).encode(IDS, MASK)), "previous_ids has 1 rows"),
     ],

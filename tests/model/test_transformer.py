@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from shared.model.attention import KeyValueCache
-from shared.model.seq2seq import beam_search, greedy_decode
+from shared.model.seq2seq import beam_decode, greedy_decode
 from shared.model.transformer import (
     BlockConfig,
     Decoder,
@@ -316,7 +316,7 @@ def test_greedy_decoding_equals_running_everything_again():
 def test_beam_search_reports_the_probabilities_of_one_pass():
     model = transformer()
     source_ids, source_mask, _ = batch()
-    found = beam_search(model, source_ids[:1], source_mask[:1], START, END, 6, beam_size=5)
+    found = beam_decode(model, source_ids[:1], source_mask[:1], START, END, 6, beam_size=5)
     assert len({hypothesis.ids for hypothesis in found}) == 5
     for hypothesis in found:
         wanted = [*hypothesis.ids, END] if hypothesis.finished else list(hypothesis.ids)

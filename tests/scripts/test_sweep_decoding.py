@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ch05_pretraining import sweep_decoding as sweep
-from shared.generation.sampling import MinP, RepetitionPenalty, Temperature, TopK, process
+from shared.generation.engine import apply_processors
+from shared.generation.sampling import MinP, RepetitionPenalty, Temperature, TopK
 from shared.model.gpt import GPTConfig, GPTModel
 
 
@@ -29,7 +30,7 @@ def choices(model: GPTModel, processors: tuple, story: list[int]) -> list[torch.
     for token in [*story, sweep.END]:
         so_far = torch.tensor([ids])
         with torch.no_grad():
-            found.append(process(processors, so_far, model(so_far)[:, -1])[0])
+            found.append(apply_processors(processors, so_far, model(so_far)[:, -1])[0])
         ids.append(token)
     return found
 
