@@ -39,7 +39,7 @@ class Options:
     separator: str | None = option(None, "what stands between two documents of a file (\\n is a line break); "
                                          "none: a file is one document")
     tokenizer: str = option("tales", "tales, gpt2 or a path ending in .tiktoken")
-    workers: int = option(os.cpu_count() or 1, "processes that tokenise", free=True)
+    workers: int = option(os.cpu_count() or 1, "processes that tokenize", free=True)
     shards: str | None = option(None, "folder for token shards; none: OUT/shards", free=True)
     tales_stories: int = option(100_000, "tales for training")
     tales_seed: int = option(1, "seed of the training tales")
@@ -81,10 +81,11 @@ class Options:
     compile: bool = option(False, "torch.compile: needs a C++ compiler, pays off in long runs")
     parallel: str = option("ddp", "several processes: each with the whole model, or with a part",
                            choices=("ddp", "fsdp"))
-    device: str = option("auto", "", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: what LLM_DEVICE names, or else a GPU if there is one",
+                         choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(0, "CPU threads of a process; 0: torch decides")
     seed: int = option(0, "of weights, order of the data and dropout")
-    log_every: int = option(10, "steps between two looks at the losses", free=True)
+    log_every: int = option(10, "steps between two checks of the losses", free=True)
     evaluate_every: int = option(200, "steps", free=True)
     evaluation_rows: int = option(400, "most rows of an evaluation", free=True)
     checkpoint_every: int = option(200, "steps", free=True)

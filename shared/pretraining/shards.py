@@ -1,4 +1,4 @@
-"""Text files to token shards on disk: tokenised once, in parallel, in bounded memory, and continued after a stop.
+"""Text files to token shards on disk: tokenized once, in parallel, in bounded memory, and continued after a stop.
 
 The files are cut into jobs of about equal size. Each job writes `train-*.npy` and `validation-*.npy` (files of
 `shared.text.dataset.write_token_file`, every document followed by the end token) and then a small `job-*.json`, which
@@ -40,7 +40,7 @@ Stretch = tuple[str, int, int, int]
 
 @dataclass(frozen=True)
 class TextShards:
-    """The result of `tokenise` and `tokenise_tales`: files in order, and counts of all of them together.
+    """The result of `tokenize` and `tokenize_tales`: files in order, and counts of all of them together.
 
     Attributes:
         folder: Where they are; its name stands for the texts and the settings.
@@ -99,7 +99,7 @@ def find_text_files(paths: Sequence[str | os.PathLike], pattern: str = "*.txt") 
     return found
 
 
-def tokenise(
+def tokenize(
     paths: Sequence[str | os.PathLike],
     folder: str | os.PathLike,
     tokenizer: str,
@@ -111,7 +111,7 @@ def tokenise(
     workers: int = 1,
     job_bytes: int = 1 << 26,
 ) -> TextShards:
-    """Tokenise text files into shards below `folder`; what an earlier call has done is not done again.
+    """Tokenize text files into shards below `folder`; what an earlier call has done is not done again.
 
     Args:
         paths: Text files (UTF-8) and folders.
@@ -158,7 +158,7 @@ def tokenise(
     return _collect(target, len(jobs))
 
 
-def tokenise_tales(
+def tokenize_tales(
     folder: str | os.PathLike, n_stories: int, seed: int, n_validation: int, validation_seed: int
 ) -> TextShards:
     """Write tales as shards below `folder`: `n_stories` for training, `n_validation` of another seed."""
