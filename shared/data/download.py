@@ -18,7 +18,6 @@ Left out: resuming, mirrors, retries. The transfer itself is `pooch`'s or `huggi
 """
 
 import os
-import queue
 import shutil
 import tempfile
 import threading
@@ -251,30 +250,27 @@ def _require(found: str | None, expected: str, what: str, reason: str) -> None:
 
 def _probe(what: str, url: str) -> int:
     """Return the HTTP status of a HEAD request for `url`, or raise DownloadError within `PROBE_SECONDS`."""
-    answers: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
+    answers: list[int | Exception] = []
 
     def ask() -> None:
         try:
-            answers.put(requests.head(url, timeout=PROBE_SECONDS).status_code)
-        except Exception as error:  # handed to the caller, whatever it is
-            answers.put(error)
+            answers.append(requests.head(url, timeout=PROBE_SECONDS).status_code)
+        except Exception as error:  # judged below, whatever it is
+            answers.append(error)
 
-    # No socket timeout bounds a name lookup. A daemon thread can be left behind; an executor's cannot.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=PROBE_SECONDS)
-    except queue.Empty:
-        answer = requests.Timeout()
+    # No timeout of a socket bounds the lookup of a name, so a thread asks, and is left behind where it is too slow.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    answer = answers[0] if answers else None
+    if isinstance(answer, int):
+        return answer
     host = urlsplit(url).hostname
-    match answer:
-        case int():
-            return answer
-        case requests.exceptions.SSLError():
-            raise DownloadError(what, "no trusted TLS connection", f"to {host}")
-        case requests.exceptions.ProxyError():
-            raise DownloadError(what, "no network through the proxy", f"cannot reach {host}")
-        case _:
-            raise DownloadError(what, "no network", f"cannot reach {host}")
+    if isinstance(answer, requests.exceptions.SSLError):
+        raise DownloadError(what, "no trusted TLS connection", f"to {host}")
+    if isinstance(answer, requests.exceptions.ProxyError):
+        raise DownloadError(what, "no network through the proxy", f"cannot reach {host}")
+    raise DownloadError(what, "no network", f"cannot reach {host}")
 
 
 def _from_cache_or_network(file: RemoteFile) -> Path:

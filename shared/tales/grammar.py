@@ -80,6 +80,18 @@ class Mention:
         """The attribute that is written, "" for the entry's own text."""
         return self.form.partition(".")[2]
 
+    @property
+    def chooser(self) -> str:
+        """The variable y of a draw from `@y.attribute`, "" for any other mention."""
+        return self.source[1:].partition(".")[0] if self.source.startswith("@") else ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The variables that must have a value before: the one written again, or those that a draw depends on."""
+        if not self.source:
+            return (self.variable,)
+        return (*self.excluded, self.chooser) if self.chooser else self.excluded
+
 
 @dataclass(eq=False)
 class Fork:
@@ -137,7 +149,7 @@ class Grammar:
             scope = self._resolve(body, Scope({}, set()), found)
             for template in plan.facts.values():
                 self._resolve(template, scope, [])
-            steering = {name for node in found for name in (*node.excluded, node.source[1:].split(".")[0])}
+            steering = {name for node in found for name in node.needs}
             for node in found:
                 node.steers = node.variable in steering
             draws += found
@@ -211,10 +223,7 @@ class Grammar:
                 merged = {name: _unique(end.variables[name] for end in ends) for name in common}
                 scope = Scope(merged, set.intersection(*(end.apart for end in ends)))
             elif isinstance(node, Mention):
-                used = [*node.excluded] if node.source else [node.variable]
-                if node.source.startswith("@"):
-                    used.append(node.source[1:].split(".")[0])
-                for name in used:
+                for name in node.needs:
                     if name not in scope.variables:
                         known = ", ".join(scope.variables) or "none"
                         raise ValueError(f"line {node.line}: unknown variable {name!r}; known: {known}")
