@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from shared.model.gpt import GPTModel
 from shared.training.loop import choose_device
 
 T = TypeVar("T")
@@ -76,7 +77,8 @@ class Processes:
             # Otherwise equal sums are taken in another order each time, and a continued run drifts away.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            # torch makes this name at run time only, so no type checker finds it.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.device = torch.device(kind)
         if threads:
             torch.set_num_threads(threads)
@@ -110,11 +112,11 @@ class Processes:
         if self.rank == 0:
             print(text, flush=True)
 
-    def parallelize(self, model: nn.Module, parallel: str) -> nn.Module:
+    def parallelize(self, model: GPTModel, parallel: str) -> nn.Module:
         """Return what to call in the place of `model` for training; `model` itself where this process is alone.
 
         Args:
-            model: A model with `blocks`.
+            model: On its device.
             parallel: "ddp" (a copy in each process) or "fsdp" (each holds a part of every parameter; in place).
         """
         if self.world_size == 1:
@@ -124,7 +126,8 @@ class Processes:
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
     def close(self) -> None:
         """Leave the group."""
@@ -153,17 +156,18 @@ def share_gradients(model: nn.Module, last: bool) -> AbstractContextManager:
     return nullcontext()
 
 
-def whole(tensor: T) -> T:
+def whole(value: T) -> T:
     """Return a sharded tensor gathered from all processes, anything else as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # The Tensor that a DTensor, itself one, stands for.
+    return cast(T, value.full_tensor()) if isinstance(value, DTensor) else value
 
 
 def shard_like(value: T, model: Tensor | None) -> T:
     """Return `value` sharded as `model` is, where it has its shape."""
     if isinstance(model, DTensor) and isinstance(value, Tensor) and value.shape == model.shape:
-        return distribute_tensor(
-            value.to(model.device), model.device_mesh, model.placements, src_data_rank=None
-        )
+        whole_value = value.to(model.device)
+        sharded = distribute_tensor(whole_value, model.device_mesh, model.placements, src_data_rank=None)
+        return cast(T, sharded)  # a DTensor is a Tensor
     return value
 
 

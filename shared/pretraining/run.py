@@ -126,9 +126,9 @@ class Run:
         # Reading a loss waits for the device and for all processes, so it is done for many steps at once.
         steps, losses, norms, rates, tokens = zip(*self.pending, strict=True)
         self.pending.clear()
-        losses = self.processes.total(torch.stack(losses)).tolist()
-        norms, cpu_seconds = torch.stack(norms).tolist(), round(self.cpu_seconds(), 3)
-        for step, loss, norm, rate, seen in zip(steps, losses, norms, rates, tokens, strict=True):
+        totals = self.processes.total(torch.stack(losses)).tolist()
+        lengths, cpu_seconds = torch.stack(norms).tolist(), round(self.cpu_seconds(), 3)
+        for step, loss, norm, rate, seen in zip(steps, totals, lengths, rates, tokens, strict=True):
             # The log first: what has diverged stands in it too.
             if self.log:
                 row = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": seen}

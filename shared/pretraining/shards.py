@@ -379,8 +379,11 @@ def _collect(target: Path, n_jobs: int) -> TextShards:
 def _end_with_parent() -> None:
     """Let a worker end when the main process is killed; without this it would wait for work for ever."""
 
+    parent = multiprocessing.parent_process()
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        if parent is not None:  # every worker has one
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

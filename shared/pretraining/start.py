@@ -12,7 +12,9 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from torch import nn
 
+from shared.model.attention import MultiHeadAttention
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.pretraining.options import Options
 from shared.pretraining.rows import DocumentRows, WindowRows
@@ -174,7 +176,7 @@ def initialize_mimetically(model: GPTModel) -> None:
     Raises ValueError if there are fewer key heads than query heads.
     """
     for block in model.blocks:
-        attention = block.attention
+        attention = _attention(block)
         if attention.n_kv_heads != attention.n_heads:
             raise ValueError(f"mimetic needs n_kv_heads={attention.n_heads}, got {attention.n_kv_heads}")
         query, key, value = attention.qkv.weight.chunk(3)
@@ -214,7 +216,7 @@ def begin_from(model: GPTModel, name: str) -> None:
 
     # The layers on top: attention that speaks against copies, and no feed-forward part.
     for block in model.blocks[len(source.blocks) :]:
-        attention = block.attention
+        attention = _attention(block)
         if attention.n_kv_heads == attention.n_heads:
             query, key, value = attention.qkv.weight.chunk(3)
             key.lerp_(query, 0.5)
@@ -222,4 +224,12 @@ def begin_from(model: GPTModel, name: str) -> None:
             attention.output.weight.copy_(-4 * value.T)
         else:
             attention.output.weight.zero_()
-        block.feed_forward.down.weight.zero_()
+        block.get_parameter("feed_forward.down.weight").zero_()
+
+
+def _attention(block: nn.Module) -> MultiHeadAttention:
+    """Return the attention of a block as what it is, which torch's lists of modules do not say."""
+    attention = block.get_submodule("attention")
+    if not isinstance(attention, MultiHeadAttention):
+        raise ValueError(f"blocks must have MultiHeadAttention, got {type(attention).__name__}")
+    return attention

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shared.tales.encoding import tale_encoding, tale_tokenizer
 from shared.tales.generator import grammar
-from shared.tales.grammar import Entry, Fork, Mention, Node
+from shared.tales.nodes import Entry, Fork, Mention, Node
 
 # Steps from one place are kept for so many values of the variables: more are seldom met again, and take memory.
 _MOST_KNOWN = 200

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from shared.tales.generator import derivations, grammar
-from shared.tales.grammar import Entry, Fork, Mention, Node, Plan, Text
+from shared.tales.nodes import Entry, Fork, Mention, Node, Plan, Text
 
 PRONOUNS = {"he", "him", "his", "himself", "sib"}
 
