@@ -24,18 +24,13 @@ from pathlib import Path
 import tiktoken
 
 from shared.data.download import gpt2_encoding
+from shared.pretraining.stretches import HEAD_BYTES, Stretch, head_of, pieces, plan_jobs
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.text.dataset import encode_documents, write_token_file
 from shared.text.tokenizer import BPETokenizer
 
-PIECE_BYTES = 1 << 20  # of text in memory at a time
-HEAD_BYTES = 4096  # of a document that decide its side
 SIDES = ("train", "validation")
-
-# A stretch of a file: path, first byte, byte after the last, size of the file. The true ends are looked for by the
-# job that reads it.
-Stretch = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -134,13 +129,19 @@ def tokenize(
         raise ValueError("separator is empty; leave it out where a file is one document")
     if workers < 1 or job_bytes < 1:
         raise ValueError(f"workers is {workers}, job_bytes {job_bytes}; both must be at least 1")
+
+    # The folder's name stands for all that the result depends on: the settings, and the files as they are now.
     files = find_text_files(paths, pattern)
     stats = [(str(file.resolve()), file.stat()) for file in files]
     settings = [_fingerprint(load_encoding(tokenizer)), validation_fraction, separator, seed, job_bytes]
     target = _folder_for(folder, [settings, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
-    jobs = _plan([(path, stat.st_size) for path, stat in stats], job_bytes)
+
+    # What an earlier call has left to do.
+    jobs = plan_jobs([(path, stat.st_size) for path, stat in stats], job_bytes)
     work = partial(_run_job, target, tokenizer, validation_fraction, separator, seed)
     open_jobs = [(n, job) for n, job in enumerate(jobs) if not (target / f"job-{n:05d}.json").exists()]
+
+    # In this process, or in several that are started for it.
     if workers == 1 or len(open_jobs) < 2:
         for number, job in open_jobs:
             work(number, job)
@@ -199,23 +200,6 @@ def _fingerprint(encoding: tiktoken.Encoding) -> str:
     return hashlib.sha256(repr((tokens, encoding.eot_token)).encode()).hexdigest()
 
 
-def _plan(files: list[tuple[str, int]], job_bytes: int) -> list[list[Stretch]]:
-    """Cut large files into stretches and gather small ones, to jobs of about `job_bytes`."""
-    jobs: list[list[Stretch]] = [[]]
-    room = job_bytes
-    for path, size in files:
-        for start in range(0, size, job_bytes):
-            end = min(start + job_bytes, size)
-            if jobs[-1] and end - start > room:
-                jobs.append([])
-                room = job_bytes
-            jobs[-1].append((path, start, end, size))
-            room -= end - start
-    if not jobs[-1]:
-        raise ValueError("the text files are empty")
-    return jobs
-
-
 def _run_job(
     target: Path,
     tokenizer: str,
@@ -254,15 +238,18 @@ def _encode_job(
         # A stretch in the middle of a file goes on with a document that has text already.
         goes_on = separator is None and stretch[1] > 0
         wanted, is_first, has_text = True, True, goes_on
-        for piece, ends in _pieces(stretch, separator):
+        for piece, ends in pieces(stretch, separator):
+            # The beginning of a document decides the side of all of it, in each stretch of a file alike.
             if is_first:
-                head = piece[:HEAD_BYTES] if separator is not None else _head(path)
+                head = piece[:HEAD_BYTES] if separator is not None else head_of(path)
                 digest = hashlib.sha256(f"{seed}\0".encode() + head).digest()
                 held_out = int.from_bytes(digest[:8], "big") < fraction * 2**64
                 wanted, has_text = held_out == (side == "validation"), goes_on
             is_first = ends
             if not wanted:
                 continue
+
+            # Its tokens, and an end token behind those of its last piece. Empty documents are left out.
             try:
                 text = piece.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -277,76 +264,6 @@ def _encode_job(
             counts["tokens"] += len(ids)
             if ids:
                 yield ids
-
-
-def _pieces(stretch: Stretch, separator: str | None) -> Iterator[tuple[bytes, bool]]:
-    """Yield the text of a stretch in pieces, each with whether a document ends there.
-
-    A document longer than a piece is cut before a space that follows a printable ASCII character: no token of the
-    usual patterns reaches across such a place, so the ids are those of the whole.
-    """
-    path, start, end, size = stretch
-    mark = separator.encode() if separator is not None else None
-    with open(path, "rb") as file:
-        start = _cut(file, start, mark) if start else 0
-        end = _cut(file, end, mark) if end < size else size
-        file.seek(start)
-        left, buffer = end - start, b""
-        while left > 0:
-            data = file.read(min(PIECE_BYTES, left))
-            if not data:
-                raise ValueError(f"{path} became shorter while it was read")
-            left -= len(data)
-            buffer += data
-            if mark is not None:
-                *documents, buffer = buffer.split(mark)
-                yield from ((document, True) for document in documents)
-            while len(buffer) >= PIECE_BYTES and left:
-                at = _last_safe_cut(buffer, len(buffer) - len(mark or b""))
-                if not at and len(buffer) < 4 * PIECE_BYTES:
-                    break  # no space in all of it: read on
-                if not at:  # a script without spaces: anywhere between two characters
-                    at = len(buffer) - len(mark or b"") - 1
-                    while buffer[at] & 0xC0 == 0x80:
-                        at -= 1
-                yield buffer[:at], False
-                buffer = buffer[at:]
-        # The end of a stretch is the end of a document, unless the file is one and goes on.
-        if buffer:
-            yield buffer, mark is not None or end == size
-
-
-def _last_safe_cut(buffer: bytes, limit: int) -> int:
-    at = buffer.rfind(b" ", 1, limit)
-    while at > 0 and not 0x21 <= buffer[at - 1] <= 0x7E:
-        at = buffer.rfind(b" ", 1, at)
-    return max(at, 0)
-
-
-def _cut(file, position: int, mark: bytes | None) -> int:
-    """Return where the stretch after byte `position` begins: after a separator, or before a space as in `_pieces`."""
-    file.seek(position)
-    buffer = b""
-    while data := file.read(PIECE_BYTES):
-        buffer += data
-        if mark is not None:
-            if (at := buffer.find(mark)) >= 0:
-                return position + at + len(mark)
-            drop = max(0, len(buffer) - len(mark) + 1)
-        else:
-            at = buffer.find(b" ", 1)
-            while at > 0 and not 0x21 <= buffer[at - 1] <= 0x7E:
-                at = buffer.find(b" ", at + 1)
-            if at > 0:
-                return position + at
-            drop = len(buffer) - 1
-        position, buffer = position + drop, buffer[drop:]
-    return position + len(buffer)
-
-
-def _head(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(HEAD_BYTES)
 
 
 def _write_job(target: Path, number: int, content: dict) -> None:

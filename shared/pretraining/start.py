@@ -118,6 +118,7 @@ def load_data(options: Options, config: GPTConfig, encoding: tiktoken.Encoding) 
     """
     shards, validation = prepare_data(options)
 
+    # Both sides are cut into rows in the same way.
     def rows_of(paths: list[Path], batch_size: int) -> DocumentRows | WindowRows:
         if options.rows == "windows":
             return WindowRows(paths, config.context_length, batch_size, options.seed)

@@ -37,8 +37,10 @@ COLUMNS = [
     "seconds",
     "bits_per_byte",
     "loss_per_document",
+    "floor_per_document",
+    "percent_above_floor",
+    "hardware",
 ]
-COLUMNS += ["floor_per_document", "percent_above_floor", "hardware"]
 
 
 def options_of(recipe: str, changes: list[str], seed: int, folder: Path, threads: int) -> Options:
@@ -75,11 +77,13 @@ def train(options: Options, processes: Processes, clock: str) -> dict[str, objec
     run.check_losses()
     found = run.evaluate()
     run.close()  # its folder is free for the next run of the same recipe
-    measured = {name: f"{found[name]:.4f}" for name in COLUMNS if name in found}
     return {
-        **{"parameters": run.model.n_parameters, "steps": options.steps, "seconds": f"{seconds:.0f}"},
-        **measured,
-        **{"floor_per_document": f"{run.floor:.4f}", "hardware": hardware(processes)},
+        "parameters": run.model.n_parameters,
+        "steps": options.steps,
+        "seconds": f"{seconds:.0f}",
+        **{name: f"{found[name]:.4f}" for name in COLUMNS if name in found},
+        "floor_per_document": f"{run.floor:.4f}",
+        "hardware": hardware(processes),
     }
 
 

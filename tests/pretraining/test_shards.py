@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.pretraining import shards as text_shards
+from shared.pretraining import stretches
 from shared.pretraining.shards import find_text_files, load_encoding, tokenize, tokenize_tales
 from shared.tales.encoding import TALE_TOKENIZER_FILE, tale_encoding
 from shared.tales.generator import TaleGenerator
@@ -65,9 +66,9 @@ def test_pieces_have_the_tokens_of_the_whole(parts, separated, job_bytes, tmp_pa
     if not any(documents):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_shards, "PIECE_BYTES", 24)
+        patch.setattr(stretches, "PIECE_BYTES", 24)
         # Only a text without a space may be cut anywhere; here no piece may.
-        patch.setattr(text_shards, "_last_safe_cut", cut_or_wait)
+        patch.setattr(stretches, "_last_safe_cut", cut_or_wait)
         found = tokenize(
             [folder], folder / "shards", "tales", separator="##" if separated else None, job_bytes=job_bytes
         )
@@ -75,12 +76,12 @@ def test_pieces_have_the_tokens_of_the_whole(parts, separated, job_bytes, tmp_pa
     assert found.counts["train"] == {"tokens": len(expected(kept)), "documents": len(kept)}
 
 
-real_cut = text_shards._last_safe_cut
+real_cut = stretches._last_safe_cut
 
 
 def cut_or_wait(buffer: bytes, limit: int) -> int:
     """Cut as the module does, but never where it would cut a text without spaces anywhere."""
-    text_shards.PIECE_BYTES = max(24, len(buffer))
+    stretches.PIECE_BYTES = max(24, len(buffer))
     return real_cut(buffer, limit)
 
 
@@ -144,7 +145,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_a_text_without_spaces_is_cut_between_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_shards, "PIECE_BYTES", 16)
+    monkeypatch.setattr(stretches, "PIECE_BYTES", 16)
     text = "猫在垫子上" * 40
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     found = tokenize([tmp_path / "a.txt"], tmp_path / "shards", "tales", job_bytes=100)
