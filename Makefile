@@ -16,7 +16,7 @@ lab: $(READY) ## open the course in JupyterLab
 run: $(READY) ## execute every notebook (outputs go to build/) and print the results; CH=ch03, FROM=ch04/02, STOP=1
 	$(BIN)/python -m tests.tools.run_notebooks $(if $(CH),--chapter $(CH)) $(if $(FROM),--from $(FROM)) $(if $(STOP),--stop)
 
-test: $(TOOLS) ## verify everything: lint, promotion, tests, every notebook's stored outputs
+test: $(TOOLS) ## verify everything: lint, types, promotion, tests, every notebook's stored outputs
 	$(BIN)/python -m tests.tools.verify
 
 promote: $(TOOLS) ## write shared/ from the notebook cells tagged promote:<module>

@@ -121,13 +121,34 @@ MODELS = {
 ONE_DATE = Recipe("one-date", steps=600, max_dates=1, curriculum=1.0)  # of the curves
 CURVE_MODELS = ("fixed", "attention", "transformer")
 COLUMNS = [
-    *("recipe", "model", "seed", "parameters", "steps", "batch_size", "learning_rate", "max_dates"),
-    *("cpu_seconds", "hardware", "torch", "first_loss", "last_loss", "n_examples"),
+    "recipe",
+    "model",
+    "seed",
+    "parameters",
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "max_dates",
+    "cpu_seconds",
+    "hardware",
+    "torch",
+    "first_loss",
+    "last_loss",
+    "n_examples",
     *(f"exact_{n_dates}" for n_dates in range(1, 7)),
 ]
 CURVE_COLUMNS = [
-    *("model", "seed", "step", "parameters", "learning_rate", "loss", "exact_1", "n_examples", "cpu_seconds"),
-    *("hardware", "torch"),
+    "model",
+    "seed",
+    "step",
+    "parameters",
+    "learning_rate",
+    "loss",
+    "exact_1",
+    "n_examples",
+    "cpu_seconds",
+    "hardware",
+    "torch",
 ]
 
 
@@ -141,10 +162,13 @@ def train(
 
     `watch` is called after each step with the model and the losses so far.
     """
+    # Weights, dates and their number are drawn from seeds of their own.
     torch.manual_seed(seed)
     model = entry.build()
     generator = DateGenerator(split_days()[0], seed)
     draw = random.Random(seed + 1).random
+
+    # The learning rate rises in a straight line, then falls as a cosine.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=entry.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
@@ -153,11 +177,16 @@ def train(
         return min((step + 1) / recipe.warmup, 0.5 * (1 + math.cos(math.pi * step / recipe.steps)) + 0.01)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    # One batch a step, all of it with the same number of dates.
     losses = []
     for step in tqdm(range(recipe.steps), desc="training", unit="step", leave=False):
+        # Short inputs first: the largest number of dates grows with the steps.
         progress = min(1.0, step / (recipe.curriculum * recipe.steps))
         longest = min(recipe.max_dates, 1 + int(recipe.max_dates * progress))
         batch = generator.batch(recipe.batch_size, 1 + int(draw() * longest))
+
+        # Teacher forcing: the model reads the right letters up to each place and predicts the next.
         logits = model(batch.source_ids, batch.source_mask, batch.target_ids[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), batch.target_ids[:, 1:].flatten(), ignore_index=PAD_ID)
         optimizer.zero_grad()
@@ -188,11 +217,15 @@ def run(model: str, seed: int, recipe: str) -> Run:
     for name, value, allowed in (("model", model, MODELS), ("recipe", recipe, RECIPES)):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+
+    # Training is what the processor time is taken of.
     entry, plan = MODELS[model], RECIPES[recipe]
     plan = replace(plan, steps=entry.stretch * plan.steps)
     started = time.process_time()
     trained, losses = train(entry, seed, plan)
     seconds = time.process_time() - started
+
+    # The row of the record, with what the figures depend on.
     row = {
         "recipe": recipe,
         "model": model,
@@ -209,7 +242,8 @@ def run(model: str, seed: int, recipe: str) -> Run:
         "last_loss": round(sum(losses[-WINDOW:]) / WINDOW, 5),
         "n_examples": N_EXAMPLES,
     }
-    row |= {f"exact_{n}": exact_matches(trained, n) for n in range(1, plan.max_dates + 1)}
+    for n in range(1, plan.max_dates + 1):
+        row[f"exact_{n}"] = exact_matches(trained, n)
     return Run(trained, losses, row)
 
 
@@ -223,8 +257,10 @@ def learning_curve(model: str, seed: int) -> Curve:
     """
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; allowed are {', '.join(MODELS)}")
-    entry, rows, started, counting = MODELS[model], [], time.process_time(), 0.0
+    entry, rows = MODELS[model], []
+    started, counting = time.process_time(), 0.0
 
+    # Called after each step: every `WATCH` steps the clock stands still, and a row of the record is added.
     def watch(trained: nn.Module, losses: list[float]) -> None:
         nonlocal counting
         if len(losses) % WATCH:
@@ -274,8 +310,12 @@ def main() -> None:
     parser.add_argument(
         "--curves", action="store_true", help="record learning curves on single dates instead"
     )
+
+    # One thread, so that sums are taken in one order.
     options = parser.parse_args()
     torch.set_num_threads(1)
+
+    # Curves on single dates, where they are asked for.
     if options.curves:
         for model in [name for name in options.model if name in CURVE_MODELS]:
             for seed in options.seeds or MODELS[model].seeds:
@@ -285,6 +325,8 @@ def main() -> None:
                     f"curve {model} seed {seed}: exact {[row['exact_1'] for row in curve.rows]}", flush=True
                 )
         return
+
+    # Otherwise every recipe with every model and seed.
     for recipe in options.recipe:
         for model in options.model:
             recorded = MODELS[model].seeds[: 2 if recipe == "short" else None]

@@ -77,10 +77,14 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=1000, help="stories for the fit")
     parser.add_argument("--seed", type=int, default=2, help="their seed")
     given = parser.parse_args()
+
+    # The stories for the fit must be new to the model, and none of those that it is judged on.
     config = json.loads((given.checkpoint / "config.json").read_text(encoding="utf-8"))
     recipe = config["recipe"]
     if given.seed in (recipe["tales_seed"], recipe["tales_validation_seed"]):
         parser.error(f"--seed {given.seed} made the training or the validation stories: choose another")
+
+    # The fit, and what it is worth on the validation stories.
     model = load_pretrained(given.checkpoint)
     stories = TaleGenerator(given.seed).stories(given.stories)
     factor = best_factor(model, [document_row(story.text, tale_encoding()) for story in stories])
@@ -88,9 +92,16 @@ def main() -> None:
     found = validation_results(model, recipe["tales_validation_seed"], recipe["tales_validation"])
     before = config["results"]["loss_per_document"]
     print(f"logits times {factor:.3f}: {before:.3f} -> {found['loss_per_document']:.3f} nats per story")
-    calibration = {"factor": factor, "stories": given.stories, "seed": given.seed, "loss_before": before}
+
+    # The folder says what was done to the weights; everything else stays as it was recorded.
     details = {name: value for name, value in config.items() if name != "model"}
-    details |= {"results": config["results"] | found, "calibration": calibration}
+    details["results"] = config["results"] | found
+    details["calibration"] = {
+        "factor": factor,
+        "stories": given.stories,
+        "seed": given.seed,
+        "loss_before": before,
+    }
     save_checkpoint_folder(model, given.out, **details)
 
 

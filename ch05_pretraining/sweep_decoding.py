@@ -68,7 +68,8 @@ def _settings() -> dict[str, Setting]:
         ("typical", Typical, (0.9,)),
         ("repetition penalty", RepetitionPenalty, (1.05, 1.1, 1.2)),
     ):
-        found |= {f"{family}={value}": Setting(family, (make(value),)) for value in values}
+        for value in values:
+            found[f"{family}={value}"] = Setting(family, (make(value),))
     for name, cut in (("top-k=20", TopK(20)), ("top-p=0.9", TopP(0.9)), ("min-p=0.1", MinP(0.1))):
         found[f"temperature=1.5, {name}"] = Setting("hot, then cut", (Temperature(1.5), cut))
         found[f"{name}, temperature=1.5"] = Setting("cut, then hot", (cut, Temperature(1.5)))
@@ -77,10 +78,25 @@ def _settings() -> dict[str, Setting]:
 
 SETTINGS = _settings()
 COLUMNS = [
-    *("setting", "family", "stories", "whole_stories", "sentences", "whole_in_first_batch", "unfinished"),
-    *("distinct_4grams", "distinct_stories", "entropy", "entropy_error"),
-    *("real_stories", "still_possible", "real_loss"),
-    *("cpu_seconds", "hardware", "torch", "model", "model_sha256"),
+    "setting",
+    "family",
+    "stories",
+    "whole_stories",
+    "sentences",
+    "whole_in_first_batch",
+    "unfinished",
+    "distinct_4grams",
+    "distinct_stories",
+    "entropy",
+    "entropy_error",
+    "real_stories",
+    "still_possible",
+    "real_loss",
+    "cpu_seconds",
+    "hardware",
+    "torch",
+    "model",
+    "model_sha256",
 ]
 
 
@@ -183,18 +199,26 @@ def measure(name: str, model: GPTModel) -> dict[str, object]:
     if name not in SETTINGS:
         raise ValueError(f"name is {name!r}; allowed are {', '.join(SETTINGS)}")
     setting, started = SETTINGS[name], time.process_time()
+
+    # What it writes.
     batches = list(write_batches(model, setting, N_STORIES))
     stories = [story for batch in batches for story in batch]
     limit = model.config.context_length - 1
     texts = [tale_encoding().decode(story) for story in stories]
+
+    # Quality: each different text is graded once. A story without an end is not whole.
     grades = {text: score(text) for text in set(texts) if text.strip()}
     whole = [
         text in grades and grades[text].story and len(s) < limit
         for text, s in zip(texts, stories, strict=True)
     ]
     sentences = [grades[text].sentences if text in grades else 0.0 for text in texts]
+
+    # Diversity: the entropy of its choices, and what it leaves of the grammar's own stories.
     entropy, entropy_error = choice_entropy(model, setting.processors, stories[:N_ENTROPY])
     possible, real_loss = real_probability(model, setting.processors, real_stories())
+
+    # The row of the record, with what the figures depend on.
     weights = (CHECKPOINTS / MODEL / "model.safetensors").read_bytes()
     return {
         "setting": name,

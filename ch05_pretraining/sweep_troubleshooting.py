@@ -128,13 +128,13 @@ def train_on_prose(
     optimizers = build_optimizers(model, "adamw", PROSE_LEARNING_RATE, weight_decay=variant.weight_decay)
     curve = []
 
-    def look(step: int) -> float:
+    def watch(step: int) -> float:
         training = prose_loss(model, "train", variant.n_stories)
         curve.append({"step": step, "training": training, "validation": prose_loss(model, "validation")})
         return curve[-1]["validation"]
 
     source = batches(prose_windows("train", variant.n_stories), seed)
-    train(model, source, optimizers, n_steps=n_steps, evaluate_every=PROSE_EVERY, on_evaluate=look)
+    train(model, source, optimizers, n_steps=n_steps, evaluate_every=PROSE_EVERY, on_evaluate=watch)
     return model, curve
 
 
@@ -206,7 +206,8 @@ def run_text(name: str, seed: int) -> list[dict[str, object]]:
     started = time.process_time()
     model, log = train_on_tales(TEXT[name], seed)
     facts = _facts(name, TEXT[name], seed, model, started)
-    facts |= {"steps": TALE_STEPS, "tokens": log[-1].tokens}
+    facts["steps"] = TALE_STEPS
+    facts["tokens"] = log[-1].tokens
     training = tale_rows(tales(0, TEXT[name].n_stories))
     facts["training"] = round(loss_per_document(model, training[:40]), 4)
     facts["validation"] = round(loss_per_document(model, tale_rows(tales(1, N_VALIDATION))), 4)

@@ -68,7 +68,8 @@ def load_stories(split: str | None = None) -> list[Story]:
     """
     parts = [part.strip().split("\n\n", 1) for part in stories_text().split("\n\n\n\n")]
     splits = ["train"] * (len(parts) - 2) + ["validation", "test"]
-    return _of_split([Story(*part, name) for part, name in zip(parts, splits, strict=True)], split)
+    stories = [Story(title, text, name) for (title, text), name in zip(parts, splits, strict=True)]
+    return _of_split(stories, split)
 
 
 def load_sms(split: str | None = None) -> list[LabelledText]:

@@ -18,7 +18,6 @@ Left out: resuming, mirrors, retries. The transfer itself is `pooch`'s or `huggi
 """
 
 import os
-import queue
 import shutil
 import tempfile
 import threading
@@ -241,7 +240,7 @@ def _checksum(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DownloadError(str(path), "file cannot be read", error.strerror) from error
+        raise DownloadError(str(path), "file cannot be read", error.strerror or str(error)) from error
 
 
 def _require(found: str | None, expected: str, what: str, reason: str) -> None:
@@ -251,30 +250,27 @@ def _require(found: str | None, expected: str, what: str, reason: str) -> None:
 
 def _probe(what: str, url: str) -> int:
     """Return the HTTP status of a HEAD request for `url`, or raise DownloadError within `PROBE_SECONDS`."""
-    answers: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
+    answers: list[int | Exception] = []
 
     def ask() -> None:
         try:
-            answers.put(requests.head(url, timeout=PROBE_SECONDS).status_code)
-        except Exception as error:  # handed to the caller, whatever it is
-            answers.put(error)
+            answers.append(requests.head(url, timeout=PROBE_SECONDS).status_code)
+        except Exception as error:  # judged below, whatever it is
+            answers.append(error)
 
-    # No socket timeout bounds a name lookup. A daemon thread can be left behind; an executor's cannot.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=PROBE_SECONDS)
-    except queue.Empty:
-        answer = requests.Timeout()
+    # No timeout of a socket bounds the lookup of a name, so a thread asks, and is left behind where it is too slow.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    answer = answers[0] if answers else None
+    if isinstance(answer, int):
+        return answer
     host = urlsplit(url).hostname
-    match answer:
-        case int():
-            return answer
-        case requests.exceptions.SSLError():
-            raise DownloadError(what, "no trusted TLS connection", f"to {host}")
-        case requests.exceptions.ProxyError():
-            raise DownloadError(what, "no network through the proxy", f"cannot reach {host}")
-        case _:
-            raise DownloadError(what, "no network", f"cannot reach {host}")
+    if isinstance(answer, requests.exceptions.SSLError):
+        raise DownloadError(what, "no trusted TLS connection", f"to {host}")
+    if isinstance(answer, requests.exceptions.ProxyError):
+        raise DownloadError(what, "no network through the proxy", f"cannot reach {host}")
+    raise DownloadError(what, "no network", f"cannot reach {host}")
 
 
 def _from_cache_or_network(file: RemoteFile) -> Path:
@@ -305,7 +301,7 @@ def _download(file: RemoteFile, target: Path) -> None:
         part = Path(folder) / "download"
         _transfer(file, part)
         if file.member is not None:
-            part = _extract(file, part)
+            part = _extract(file, file.member, part)
         _require(_checksum(part), file.sha256, file.name, "wrong checksum")
         try:
             os.replace(part, target)
@@ -317,22 +313,28 @@ def _download(file: RemoteFile, target: Path) -> None:
 
 def _transfer(file: RemoteFile, part: Path) -> None:
     # Uncompressed, so that the announced length is the file's and the bar ends at 100 %.
-    options = {"timeout": (PROBE_SECONDS, READ_SECONDS), "headers": {"Accept-Encoding": "identity"}}
+    download = pooch.HTTPDownloader(
+        progressbar=True,
+        chunk_size=1 << 16,
+        timeout=(PROBE_SECONDS, READ_SECONDS),
+        headers={"Accept-Encoding": "identity"},
+    )
     try:
-        pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16, **options)(file.url, str(part), None)
+        download(file.url, str(part), None)
     except requests.HTTPError as error:
-        raise DownloadError(file.name, f"HTTP {error.response.status_code}", file.url) from error
+        status = error.response.status_code if error.response is not None else "error"
+        raise DownloadError(file.name, f"HTTP {status}", file.url) from error
     except requests.RequestException as error:
         raise DownloadError(file.name, "download interrupted", f"{file.url}; nothing kept") from error
 
 
-def _extract(file: RemoteFile, archive: Path) -> Path:
+def _extract(file: RemoteFile, member: str, archive: Path) -> Path:
     part = archive.with_name("member")
     try:
-        with zipfile.ZipFile(archive) as zipped, zipped.open(file.member) as source, part.open("wb") as sink:
+        with zipfile.ZipFile(archive) as zipped, zipped.open(member) as source, part.open("wb") as sink:
             shutil.copyfileobj(source, sink)
     except KeyError as error:
-        raise DownloadError(file.name, "not in the archive", f"{file.url} has no {file.member!r}") from error
+        raise DownloadError(file.name, "not in the archive", f"{file.url} has no {member!r}") from error
     # RuntimeError stands for encryption and unknown compression methods.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DownloadError(file.name, "archive cannot be read", file.url) from error
@@ -351,9 +353,16 @@ def _download_from_hub(repo_id: str, filename: str, revision: str) -> Path:
     # The library's first request is the same, but it repeats it for 23 s on most errors.
     if (status := _probe(what, url)) >= 400:
         raise DownloadError(what, f"HTTP {status}", url)
-    source = {"revision": revision, "endpoint": endpoint, "token": False}
     try:
-        return Path(hf_hub_download(repo_id, filename, **source, tqdm_class=tqdm))
+        path = hf_hub_download(
+            repo_id,
+            filename,
+            revision=revision,
+            endpoint=endpoint,
+            token=False,
+            tqdm_class=tqdm,
+        )
+        return Path(path)
     # The library's network, storage and file errors have no base class in common.
     except Exception as error:
         raise DownloadError(what, "download failed", str(error).partition("\n")[0]) from error

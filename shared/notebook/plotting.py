@@ -5,8 +5,10 @@ legible in JupyterLab. Used by notebooks and scripts only.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -49,7 +51,7 @@ def use_style() -> None:
     )
 
 
-def label_line(axes: Axes, text: str, x: float, y: float, color: str, **options: object) -> None:
+def label_line(axes: Axes, text: str, x: float, y: float, color: str, **options: Any) -> None:
     """Write a line's name beside it, in its colour: easier to read than a legend when lines are few."""
     axes.annotate(
         text, (x, y), xytext=(6, 0), textcoords="offset points", va="center", color=color, **options
@@ -63,7 +65,7 @@ def heat_map(
     columns: Sequence[str],
     title: str,
     numbers: str | None = None,
-    **options: object,
+    **options: Any,
 ) -> None:
     """Draw a matrix with its row and column names.
 
@@ -84,12 +86,17 @@ def heat_map(
     if numbers is None:
         axes.figure.colorbar(image, ax=axes, shrink=0.8)
         return
+    # Light letters on dark cells, dark ones on light cells.
+    shades = np.asarray(image.norm(np.asarray(values)))  # from 0, dark, to 1
     for i in range(len(rows)):
         for j in range(len(columns)):
-            value = float(values[i][j])
-            dark = image.norm(value) < 0.6
             axes.text(
-                j, i, format(value, numbers), ha="center", va="center", color="white" if dark else "black"
+                j,
+                i,
+                format(float(values[i][j]), numbers),
+                ha="center",
+                va="center",
+                color="white" if shades[i, j] < 0.6 else "black",
             )
 
 

@@ -82,7 +82,9 @@ class RunLog:
 
     def _write(self, file: str, group: str, row: dict[str, float]) -> None:
         self.writers[file].writerow(row)
-        for name, value in row.items() if self.board else ():
+        if self.board is None:
+            return
+        for name, value in row.items():
             if name != "step":
                 self.board.add_scalar(f"{group}/{name}", value, row["step"])
 

@@ -15,6 +15,32 @@ from shared.model.gpt import PRESETS
 from shared.training.optimizers import OPTIMIZERS
 from shared.training.schedules import SCHEDULES
 
+AT_LEAST_1 = (
+    "steps",
+    "batch_size",
+    "accumulation",
+    "workers",
+    "log_every",
+    "evaluate_every",
+    "keep_last",
+    "evaluation_rows",
+    "checkpoint_every",
+    "tales_stories",
+    "tales_validation",
+    "length_pool",
+)
+AT_LEAST_0 = (
+    "warmup_steps",
+    "max_grad_norm",
+    "spike_factor",
+    "seed",
+    "max_rollbacks",
+    "threads",
+    "repeat_weight",
+    "balance_weight",
+    "outside_weight",
+)
+
 
 def option(default: object, help: str, *, choices: tuple[str, ...] = (), free: bool = False) -> Any:
     """Return a field of `Options`; a `free` one may change when a run is continued."""
@@ -39,7 +65,7 @@ class Options:
     separator: str | None = option(None, "what stands between two documents of a file (\\n is a line break); "
                                          "none: a file is one document")
     tokenizer: str = option("tales", "tales, gpt2 or a path ending in .tiktoken")
-    workers: int = option(os.cpu_count() or 1, "processes that tokenise", free=True)
+    workers: int = option(os.cpu_count() or 1, "processes that tokenize", free=True)
     shards: str | None = option(None, "folder for token shards; none: OUT/shards", free=True)
     tales_stories: int = option(100_000, "tales for training")
     tales_seed: int = option(1, "seed of the training tales")
@@ -81,10 +107,11 @@ class Options:
     compile: bool = option(False, "torch.compile: needs a C++ compiler, pays off in long runs")
     parallel: str = option("ddp", "several processes: each with the whole model, or with a part",
                            choices=("ddp", "fsdp"))
-    device: str = option("auto", "", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: what LLM_DEVICE names, or else a GPU if there is one",
+                         choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(0, "CPU threads of a process; 0: torch decides")
     seed: int = option(0, "of weights, order of the data and dropout")
-    log_every: int = option(10, "steps between two looks at the losses", free=True)
+    log_every: int = option(10, "steps between two checks of the losses", free=True)
     evaluate_every: int = option(200, "steps", free=True)
     evaluation_rows: int = option(400, "most rows of an evaluation", free=True)
     checkpoint_every: int = option(200, "steps", free=True)
@@ -100,47 +127,24 @@ class Options:
     # fmt: on
 
     def __post_init__(self) -> None:
+        # The kind of each value, and the words that are allowed.
         for each in fields(self):
-            allowed, value = each.metadata["choices"], getattr(self, each.name)
-            kind = each.metadata["kind"]
-            fits = isinstance(value, int | float if kind is float else kind) or (
-                value is None is each.default
-            )
-            if not fits or isinstance(value, bool) != (kind is bool):
+            kind, allowed = each.metadata["kind"], each.metadata["choices"]
+            value = getattr(self, each.name)
+            is_missing = value is None and each.default is None
+            is_of_kind = isinstance(value, int | float if kind is float else kind)
+            if not (is_of_kind or is_missing) or isinstance(value, bool) != (kind is bool):
                 raise ValueError(f"{each.name} is {value!r}; {kind.__name__} is needed")
             if allowed and value not in allowed:
                 raise ValueError(f"{each.name} is {value!r}; allowed: {', '.join(allowed)}")
-        at_least_1 = (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "workers",
-            "log_every",
-            "evaluate_every",
-            "keep_last",
-        )
-        at_least_1 += (
-            "evaluation_rows",
-            "checkpoint_every",
-            "tales_stories",
-            "tales_validation",
-            "length_pool",
-        )
-        not_negative = (
-            "warmup_steps",
-            "max_grad_norm",
-            "spike_factor",
-            "seed",
-            "max_rollbacks",
-            "threads",
-            "repeat_weight",
-            "balance_weight",
-            "outside_weight",
-        )
-        for name in (*at_least_1, *not_negative):
-            smallest = int(name in at_least_1)
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
+
+        # The range of the numbers.
+        for smallest, names in ((1, AT_LEAST_1), (0, AT_LEAST_0)):
+            for name in names:
+                if getattr(self, name) < smallest:
+                    raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
+
+        # What must be given, and what needs something else.
         if not self.out or not self.data:
             raise ValueError(f"{'data' if self.out else 'out'} is missing")
         if self.repeat_weight and self.rows != "documents":
@@ -174,22 +178,10 @@ def read_options(usage: str, arguments: list[str] | None = None) -> Options:
     Raises:
         ValueError: A recipe that cannot be read, an unknown option or a value that is not allowed.
     """
-    summary, _, usage = usage.partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=style)
-    parser.add_argument("--recipe", help="TOML file of options, which the command line overrides")
-    for each in fields(Options):
-        kind, text = each.metadata["kind"], each.metadata["help"].replace("%", "%%")
-        default = "" if kind in (list, dict) else f" (default: {each.default})"
-        keywords: dict[str, Any] = {"help": text + default, "default": argparse.SUPPRESS}
-        if kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-        elif kind in (list, dict):
-            keywords |= {"nargs": "+", "metavar": "PATH" if kind is list else "NAME=VALUE"}
-        else:
-            keywords |= {"type": kind, "choices": each.metadata["choices"] or None}
-        parser.add_argument("--" + each.name.replace("_", "-"), **keywords)
+    parser = _parser(usage)
     given = vars(parser.parse_args(arguments))
+
+    # A recipe, in which the command line may change single fields of the model.
     recipe = given.pop("recipe", None)
     values: dict[str, Any] = {}
     try:
@@ -201,11 +193,35 @@ def read_options(usage: str, arguments: list[str] | None = None) -> Options:
         raise ValueError(f"recipe {recipe} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{f'recipe {recipe}' if recipe else '--model'} cannot be read: {error}") from error
-    if "separator" in given:
-        given["separator"] = given["separator"].replace("\\n", "\n")
     if unknown := sorted(values.keys() - {each.name for each in fields(Options)}):
         raise ValueError(f"recipe {recipe} has unknown options: {', '.join(unknown)}")
+
+    # A shell passes on no line break.
+    if "separator" in given:
+        given["separator"] = given["separator"].replace("\\n", "\n")
     return Options(**{**values, **given})
+
+
+def _parser(usage: str) -> argparse.ArgumentParser:
+    """Return a parser with an argument for each option; what is not given is left out of its result."""
+    summary, _, usage = usage.partition("\n\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=style)
+    parser.add_argument("--recipe", help="TOML file of options, which the command line overrides")
+    for each in fields(Options):
+        kind, text = each.metadata["kind"], each.metadata["help"].replace("%", "%%")
+        default = "" if kind in (list, dict) else f" (default: {each.default})"
+        keywords: dict[str, Any] = {"help": text + default, "default": argparse.SUPPRESS}
+        if kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif kind in (list, dict):
+            keywords["nargs"] = "+"
+            keywords["metavar"] = "PATH" if kind is list else "NAME=VALUE"
+        else:
+            keywords["type"] = kind
+            keywords["choices"] = each.metadata["choices"] or None
+        parser.add_argument("--" + each.name.replace("_", "-"), **keywords)
+    return parser
 
 
 def _assignment(text: str) -> tuple[str, object]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from shared.model.gpt import GPTModel
+from shared.training.losses import choose_device
+
 T = TypeVar("T")
+
+# The devices that a run may use, and what says whether this machine has them.
+DEVICES: dict[str, Callable[[], bool]] = {
+    "cpu": lambda: True,
+    "cuda": torch.cuda.is_available,
+    "mps": torch.backends.mps.is_available,
+}
 
 
 def cpu_name() -> str:
@@ -36,36 +46,52 @@ class Processes:
     """This process among those that `torchrun` started, or alone.
 
     Args:
-        device: "cpu", "cuda" (the process's own, by LOCAL_RANK) or "auto".
+        device: "cpu", "cuda" (the process's own, by LOCAL_RANK), "mps", or "auto": what `choose_device` finds,
+            except that several processes do not share "mps" but use the CPU.
         threads: CPU threads of a process; 0: torch decides.
 
     Attributes:
-        rank, world: Number of this process, and how many there are.
+        rank, world_size: Number of this process, and how many there are.
         device: Its device.
+
+    Raises:
+        ValueError: This machine has no such device, or several processes cannot share it.
     """
 
     def __init__(self, device: str = "auto", threads: int = 0) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        kind = device
-        if kind == "auto":
-            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        chosen = choose_device() if device == "auto" else torch.device(device)
+        kind = chosen.type
+        if kind not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {kind}")
+        if not DEVICES[kind]():
+            raise ValueError(f"device must be one that this machine has, got {kind}")
+        if kind == "mps" and self.world_size > 1 and device == "auto":
+            kind = "cpu"
+        if kind == "mps" and self.world_size > 1:
+            raise ValueError(f"device must be cpu or cuda for {self.world_size} processes, got mps")
+
+        # Each process has a GPU of its own, on which equal sums are taken in equal order.
         if kind == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
             # Otherwise equal sums are taken in another order each time, and a continued run drifts away.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            # torch makes this name at run time only, so no type checker finds it.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.device = torch.device(kind)
         if threads:
             torch.set_num_threads(threads)
-        if self.world > 1:
-            patience = datetime.timedelta(hours=6)  # the others wait for the first to tokenise
+
+        # From here on the processes know each other.
+        if self.world_size > 1:
+            patience = datetime.timedelta(hours=6)  # the others wait for the first to tokenize
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=patience)
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum over all processes, float64 on the CPU."""
-        values = values.double().cpu()
-        if self.world > 1:
+        values = values.cpu().double()  # in this order: not every device has float64
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
@@ -86,21 +112,22 @@ class Processes:
         if self.rank == 0:
             print(text, flush=True)
 
-    def spread(self, model: nn.Module, parallel: str) -> nn.Module:
+    def parallelize(self, model: GPTModel, parallel: str) -> nn.Module:
         """Return what to call in the place of `model` for training; `model` itself where this process is alone.
 
         Args:
-            model: A model with `blocks`.
+            model: On its device.
             parallel: "ddp" (a copy in each process) or "fsdp" (each holds a part of every parameter; in place).
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return model
         if parallel == "ddp":
             return nn.parallel.DistributedDataParallel(model)
-        mesh = init_device_mesh(self.device.type, (self.world,))
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
     def close(self) -> None:
         """Leave the group."""
@@ -129,23 +156,22 @@ def share_gradients(model: nn.Module, last: bool) -> AbstractContextManager:
     return nullcontext()
 
 
-def whole(tensor: T) -> T:
+def whole(value: T) -> T:
     """Return a sharded tensor gathered from all processes, anything else as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # The Tensor that a DTensor, itself one, stands for.
+    return cast(T, value.full_tensor()) if isinstance(value, DTensor) else value
 
 
-def like(value: T, model: Tensor | None) -> T:
+def shard_like(value: T, model: Tensor | None) -> T:
     """Return `value` sharded as `model` is, where it has its shape."""
     if isinstance(model, DTensor) and isinstance(value, Tensor) and value.shape == model.shape:
-        return distribute_tensor(
-            value.to(model.device), model.device_mesh, model.placements, src_data_rank=None
-        )
+        whole_value = value.to(model.device)
+        sharded = distribute_tensor(whole_value, model.device_mesh, model.placements, src_data_rank=None)
+        return cast(T, sharded)  # a DTensor is a Tensor
     return value
 
 
 def hardware(processes: Processes) -> str:
     """Name processor, processes, threads and torch's version."""
     name = torch.cuda.get_device_name() if processes.device.type == "cuda" else cpu_name()
-    return (
-        f"{name}, processes {processes.world}, threads {torch.get_num_threads()}, torch {torch.__version__}"
-    )
+    return f"{name}, processes {processes.world_size}, threads {torch.get_num_threads()}, torch {torch.__version__}"

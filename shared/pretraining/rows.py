@@ -115,7 +115,7 @@ class DocumentRows:
 
     def token_shares(self, vocab_size: int) -> torch.Tensor:
         """Return the share of each token in the shards, float64 (vocab_size,)."""
-        counts = sum(np.bincount(shard, minlength=vocab_size) for shard in self.shards)
+        counts = np.sum([np.bincount(shard, minlength=vocab_size) for shard in self.shards], axis=0)
         return torch.from_numpy(counts / counts.sum())
 
     def n_targets(self, rows: Sequence[int]) -> int:

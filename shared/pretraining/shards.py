@@ -1,4 +1,4 @@
-"""Text files to token shards on disk: tokenised once, in parallel, in bounded memory, and continued after a stop.
+"""Text files to token shards on disk: tokenized once, in parallel, in bounded memory, and continued after a stop.
 
 The files are cut into jobs of about equal size. Each job writes `train-*.npy` and `validation-*.npy` (files of
 `shared.text.dataset.write_token_file`, every document followed by the end token) and then a small `job-*.json`, which
@@ -25,23 +25,18 @@ import tiktoken
 
 from shared.checks import check_between, check_sizes
 from shared.data.download import gpt2_encoding
+from shared.pretraining.stretches import HEAD_BYTES, Stretch, head_of, pieces, plan_jobs
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.text.dataset import encode_documents, write_token_file
 from shared.text.tokenizer import BPETokenizer
 
-PIECE_BYTES = 1 << 20  # of text in memory at a time
-HEAD_BYTES = 4096  # of a document that decide its side
 SIDES = ("train", "validation")
-
-# A stretch of a file: path, first byte, byte after the last, size of the file. The true ends are looked for by the
-# job that reads it.
-Stretch = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True)
 class TextShards:
-    """The result of `tokenise` and `tokenise_tales`: files in order, and counts of all of them together.
+    """The result of `tokenize` and `tokenize_tales`: files in order, and counts of all of them together.
 
     Attributes:
         folder: Where they are; its name stands for the texts and the settings.
@@ -100,7 +95,7 @@ def find_text_files(paths: Sequence[str | os.PathLike], pattern: str = "*.txt") 
     return found
 
 
-def tokenise(
+def tokenize(
     paths: Sequence[str | os.PathLike],
     folder: str | os.PathLike,
     tokenizer: str,
@@ -112,7 +107,7 @@ def tokenise(
     workers: int = 1,
     job_bytes: int = 1 << 26,
 ) -> TextShards:
-    """Tokenise text files into shards below `folder`; what an earlier call has done is not done again.
+    """Tokenize text files into shards below `folder`; what an earlier call has done is not done again.
 
     Args:
         paths: Text files (UTF-8) and folders.
@@ -133,13 +128,18 @@ def tokenise(
     if separator == "":
         raise ValueError("separator is empty; leave it out where a file is one document")
     check_sizes(workers=workers, job_bytes=job_bytes)
+    # The folder's name stands for all that the result depends on: the settings, and the files as they are now.
     files = find_text_files(paths, pattern)
     stats = [(str(file.resolve()), file.stat()) for file in files]
     settings = [_fingerprint(load_encoding(tokenizer)), validation_fraction, separator, seed, job_bytes]
     target = _folder_for(folder, [settings, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
-    jobs = _plan([(path, stat.st_size) for path, stat in stats], job_bytes)
+
+    # What an earlier call has left to do.
+    jobs = plan_jobs([(path, stat.st_size) for path, stat in stats], job_bytes)
     work = partial(_run_job, target, tokenizer, validation_fraction, separator, seed)
     open_jobs = [(n, job) for n, job in enumerate(jobs) if not (target / f"job-{n:05d}.json").exists()]
+
+    # In this process, or in several that are started for it.
     if workers == 1 or len(open_jobs) < 2:
         for number, job in open_jobs:
             work(number, job)
@@ -157,7 +157,7 @@ def tokenise(
     return _collect(target, len(jobs))
 
 
-def tokenise_tales(
+def tokenize_tales(
     folder: str | os.PathLike, n_stories: int, seed: int, n_validation: int, validation_seed: int
 ) -> TextShards:
     """Write tales as shards below `folder`: `n_stories` for training, `n_validation` of another seed."""
@@ -195,23 +195,6 @@ def _folder_for(folder: str | os.PathLike, settings: list) -> Path:
 def _fingerprint(encoding: tiktoken.Encoding) -> str:
     tokens = sorted(encoding.token_byte_values(), key=encoding.encode_single_token)
     return hashlib.sha256(repr((tokens, encoding.eot_token)).encode()).hexdigest()
-
-
-def _plan(files: list[tuple[str, int]], job_bytes: int) -> list[list[Stretch]]:
-    """Cut large files into stretches and gather small ones, to jobs of about `job_bytes`."""
-    jobs: list[list[Stretch]] = [[]]
-    room = job_bytes
-    for path, size in files:
-        for start in range(0, size, job_bytes):
-            end = min(start + job_bytes, size)
-            if jobs[-1] and end - start > room:
-                jobs.append([])
-                room = job_bytes
-            jobs[-1].append((path, start, end, size))
-            room -= end - start
-    if not jobs[-1]:
-        raise ValueError("the text files are empty")
-    return jobs
 
 
 def _run_job(
@@ -252,15 +235,18 @@ def _encode_job(
         # A stretch in the middle of a file goes on with a document that has text already.
         goes_on = separator is None and stretch[1] > 0
         wanted, is_first, has_text = True, True, goes_on
-        for piece, ends in _pieces(stretch, separator):
+        for piece, ends in pieces(stretch, separator):
+            # The beginning of a document decides the side of all of it, in each stretch of a file alike.
             if is_first:
-                head = piece[:HEAD_BYTES] if separator is not None else _head(path)
+                head = piece[:HEAD_BYTES] if separator is not None else head_of(path)
                 digest = hashlib.sha256(f"{seed}\0".encode() + head).digest()
                 held_out = int.from_bytes(digest[:8], "big") < fraction * 2**64
                 wanted, has_text = held_out == (side == "validation"), goes_on
             is_first = ends
             if not wanted:
                 continue
+
+            # Its tokens, and an end token behind those of its last piece. Empty documents are left out.
             try:
                 text = piece.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -275,76 +261,6 @@ def _encode_job(
             counts["tokens"] += len(ids)
             if ids:
                 yield ids
-
-
-def _pieces(stretch: Stretch, separator: str | None) -> Iterator[tuple[bytes, bool]]:
-    """Yield the text of a stretch in pieces, each with whether a document ends there.
-
-    A document longer than a piece is cut before a space that follows a printable ASCII character: no token of the
-    usual patterns reaches across such a place, so the ids are those of the whole.
-    """
-    path, start, end, size = stretch
-    mark = separator.encode() if separator is not None else None
-    with open(path, "rb") as file:
-        start = _cut(file, start, mark) if start else 0
-        end = _cut(file, end, mark) if end < size else size
-        file.seek(start)
-        left, buffer = end - start, b""
-        while left > 0:
-            data = file.read(min(PIECE_BYTES, left))
-            if not data:
-                raise ValueError(f"{path} became shorter while it was read")
-            left -= len(data)
-            buffer += data
-            if mark is not None:
-                *documents, buffer = buffer.split(mark)
-                yield from ((document, True) for document in documents)
-            while len(buffer) >= PIECE_BYTES and left:
-                at = _last_safe_cut(buffer, len(buffer) - len(mark or b""))
-                if not at and len(buffer) < 4 * PIECE_BYTES:
-                    break  # no space in all of it: read on
-                if not at:  # a script without spaces: anywhere between two characters
-                    at = len(buffer) - len(mark or b"") - 1
-                    while buffer[at] & 0xC0 == 0x80:
-                        at -= 1
-                yield buffer[:at], False
-                buffer = buffer[at:]
-        # The end of a stretch is the end of a document, unless the file is one and goes on.
-        if buffer:
-            yield buffer, mark is not None or end == size
-
-
-def _last_safe_cut(buffer: bytes, limit: int) -> int:
-    at = buffer.rfind(b" ", 1, limit)
-    while at > 0 and not 0x21 <= buffer[at - 1] <= 0x7E:
-        at = buffer.rfind(b" ", 1, at)
-    return max(at, 0)
-
-
-def _cut(file, position: int, mark: bytes | None) -> int:
-    """Return where the stretch after byte `position` begins: after a separator, or before a space as in `_pieces`."""
-    file.seek(position)
-    buffer = b""
-    while data := file.read(PIECE_BYTES):
-        buffer += data
-        if mark is not None:
-            if (at := buffer.find(mark)) >= 0:
-                return position + at + len(mark)
-            drop = max(0, len(buffer) - len(mark) + 1)
-        else:
-            at = buffer.find(b" ", 1)
-            while at > 0 and not 0x21 <= buffer[at - 1] <= 0x7E:
-                at = buffer.find(b" ", at + 1)
-            if at > 0:
-                return position + at
-            drop = len(buffer) - 1
-        position, buffer = position + drop, buffer[drop:]
-    return position + len(buffer)
-
-
-def _head(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(HEAD_BYTES)
 
 
 def _write_job(target: Path, number: int, content: dict) -> None:
@@ -377,8 +293,11 @@ def _collect(target: Path, n_jobs: int) -> TextShards:
 def _end_with_parent() -> None:
     """Let a worker end when the main process is killed; without this it would wait for work for ever."""
 
+    parent = multiprocessing.parent_process()
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        if parent is not None:  # every worker has one
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

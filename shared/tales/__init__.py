@@ -1,5 +1,7 @@
 """Stories without limit whose entropy is known, and what can be computed about them. In reading order:
 
+- `nodes`: what a grammar is made of.
+- `visibility`: the proof that the text of a story decides each of its choices.
 - `grammar`: the grammar's file read and checked.
 - `generator`: stories by seed, their probability, the entropy of all of them.
 - `scoring`: how much of a written text the grammar allows.

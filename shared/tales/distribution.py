@@ -11,8 +11,8 @@ Left out: other ways to write the same text in tokens, which the tokenizer never
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shared.tales.encoding import tale_encoding, tale_tokenizer
 from shared.tales.generator import grammar
-from shared.tales.grammar import Entry, Fork, Node, Text
+from shared.tales.nodes import Entry, Fork, Mention, Node
 
 # Steps from one place are kept for so many values of the variables: more are seldom met again, and take memory.
 _MOST_KNOWN = 200
@@ -48,7 +48,10 @@ class NextTokens:
 def next_tokens(text: str) -> NextTokens:
     """Return what may stand at each token of a story. Raises ValueError if the text is not a story of the grammar."""
     ways = _ways_on(1.0, "", grammar().root, {})
-    counts, ids, probabilities, chosen = [], [], [], []
+    counts: list[int] = []
+    ids: list[int] = []
+    probabilities: list[float] = []
+    chosen: list[float] = []
     for token in [*tale_encoding().encode_ordinary(text), tale_encoding().eot_token]:
         here: dict[int, float] = defaultdict(float)
         for way in ways:
@@ -135,24 +138,16 @@ class _Way:
         return _ways_on(weight, step.pending, step.node, self.bound | step.drawn)
 
 
+@dataclass(eq=False)
 class _Place:
     """The steps from one place in the grammar, by the values of the variables that they depend on."""
 
-    def __init__(self) -> None:
-        self.variables: tuple[str, ...] = ()
-        self.steps: dict[tuple[Entry, ...], list[_Step]] = {}
+    variables: tuple[str, ...] = ()
+    steps: dict[tuple[Entry, ...], list[_Step]] = field(default_factory=dict)
 
 
-class _Watched(dict):
-    """Variables that remember which of them were read."""
-
-    def __init__(self, bound: dict[str, Entry], read: set[str]) -> None:
-        super().__init__(bound)
-        self.read = read
-
-    def __getitem__(self, name: str) -> Entry:
-        self.read.add(name)
-        return super().__getitem__(name)
+# All places met so far: the node that comes next, and the text before it that is not yet cut into pieces.
+_PLACES: dict[tuple[Node | None, str], _Place] = {}
 
 
 @cache
@@ -166,11 +161,6 @@ def _tokens(piece: str) -> tuple[int, ...]:
     return tuple(encoding.encode_ordinary(piece)) if piece else (encoding.eot_token,)
 
 
-@cache
-def _place(node: Node | None, pending: str) -> _Place:
-    return _Place()
-
-
 def _ways_on(weight: float, pending: str, node: Node | None, bound: dict[str, Entry]) -> list[_Way]:
     steps = _steps(pending, node, bound)
     return [_Way(weight * step.probability, step.tokens, step, bound) for step in steps]
@@ -178,14 +168,18 @@ def _ways_on(weight: float, pending: str, node: Node | None, bound: dict[str, En
 
 def _steps(pending: str, node: Node | None, bound: dict[str, Entry]) -> list[_Step]:
     """Return the ways to write one piece more, from memory if they are known."""
-    place = _place(node, pending)
+    # Known are those for the same values of all variables that ever played a part in this place.
+    place = _PLACES.setdefault((node, pending), _Place())
     key = tuple(bound[name] for name in place.variables)
     if key in place.steps:
         return place.steps[key]
-    watched, steps = _Watched(bound, set(place.variables)), []
-    _explore(pending, node, watched, {}, 1.0, steps)
-    # What was drawn on the way is no part of the place.
-    variables = tuple(sorted(watched.read & bound.keys()))
+
+    # Otherwise the grammar is followed. A variable that is drawn on the way does not belong to the place.
+    read: set[str] = set()
+    steps = list(_explore(pending, node, bound, {}, 1.0, read))
+    variables = tuple(sorted({*place.variables, *(read & bound.keys())}))
+
+    # They are kept; what was kept by fewer variables cannot be found again.
     if variables != place.variables or len(place.steps) >= _MOST_KNOWN:
         place.variables = variables
         place.steps.clear()
@@ -196,35 +190,49 @@ def _steps(pending: str, node: Node | None, bound: dict[str, Entry]) -> list[_St
 def _explore(
     pending: str,
     node: Node | None,
-    bound: _Watched,
+    bound: dict[str, Entry],
     drawn: dict[str, Entry],
     chance: float,
-    found: list[_Step],
-) -> None:
-    """Follow every way from `node` until the first piece of the text is certain, and add it to `found`."""
-    while True:
-        if node is None or _is_certain(pending):
-            match = _pattern().match(pending)
-            piece = match.group() if match else ""
-            found.append(_Step(_tokens(piece), chance, pending[len(piece) :], node, drawn))
-            return
+    read: set[str],
+) -> Iterator[_Step]:
+    """Follow every way from `node` until the first piece of the text is certain, and yield that step.
+
+    Args:
+        pending: Text before `node` that is not yet cut into pieces.
+        node: What comes next; None at the end of the story.
+        bound: The variables, those drawn on the way included.
+        drawn: The variables drawn on the way.
+        chance: Of the way so far.
+        read: The names of the variables that are looked at go here.
+    """
+    while node is not None and not _is_certain(pending):
+        # A choice: each branch is a way of its own.
         if isinstance(node, Fork):
             for branch in node.branches:
-                _explore(pending, branch, bound, drawn, chance / len(node.branches), found)
+                yield from _explore(pending, branch, bound, drawn, chance / len(node.branches), read)
             return
-        if isinstance(node, Text):
-            pending += node.text
-        elif node.source:
+
+        # A draw: each entry that may be drawn is a way of its own.
+        if isinstance(node, Mention) and node.source:
+            read.update(node.needs)
             taken = [bound[name] for name in node.excluded]
             free = [entry for entry in grammar().choices(node, bound) if entry not in taken]
             for entry in free:
-                now = _Watched(bound | {node.variable: entry}, bound.read)
-                more = drawn | {node.variable: entry}
-                _explore(pending + entry.forms[node.form], node.next, now, more, chance / len(free), found)
+                text, new = pending + entry.forms[node.form], {node.variable: entry}
+                yield from _explore(text, node.next, bound | new, drawn | new, chance / len(free), read)
             return
-        else:
+
+        # Text that is certain: a literal piece, or a variable that is written again.
+        if isinstance(node, Mention):
+            read.update(node.needs)
             pending += bound[node.variable].forms[node.form]
+        else:
+            pending += node.text
         node = node.next
+
+    match = _pattern().match(pending)
+    piece = match.group() if match else ""
+    yield _Step(_tokens(piece), chance, pending[len(piece) :], node, drawn)
 
 
 @cache

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from shared.data.corpus import DATA
-from shared.tales.grammar import Entry, Fork, Grammar, Mention, Node, Plan, Text
+from shared.tales.grammar import Grammar
+from shared.tales.nodes import Entry, Fork, Mention, Node, Plan, Text
 
 GRAMMAR_FILE = DATA / "tales_grammar.txt"
 SEPARATOR = "\n\n"
@@ -69,12 +70,14 @@ class TaleGenerator:
         parts: list[str] = []
         node = plan.start
         while node is not None:
-            kind = type(node)
-            if kind is Fork:
+            # A choice: one branch, all of them alike.
+            if isinstance(node, Fork):
                 log_probability -= math.log(len(node.branches))
                 node = node.branches[int(draw() * len(node.branches))]
                 continue
-            if kind is Text:
+
+            # Text is written as it stands; a variable may have to be drawn first, until it is none of those taken.
+            if isinstance(node, Text):
                 parts.append(node.text)
             else:
                 if node.source:
@@ -173,10 +176,10 @@ def _facts(plan: Plan, bound: dict[str, Entry]) -> dict[str, str]:
 
 
 def _write(node: Text | Mention, bound: dict[str, Entry]) -> str:
-    return node.text if type(node) is Text else bound[node.variable].forms[node.form]
+    return node.text if isinstance(node, Text) else bound[node.variable].forms[node.form]
 
 
-def _start(plan: str | None) -> Node:
+def _start(plan: str | None) -> Node | None:
     if plan is None:
         return grammar().root
     if plan not in grammar().plans:
@@ -214,7 +217,7 @@ def _matches(
 
 def _peers(node: Mention, bound: dict[str, Entry]) -> Counter[Entry]:
     """Count what a draw can yield, entries that no later draw tells apart taken together."""
-    counts = Counter(entry.peer for entry in grammar().choices(node, bound))
+    counts = Counter(entry.peer or entry for entry in grammar().choices(node, bound))
     for name in node.excluded:
         if bound[name] in counts:
             counts[bound[name]] -= 1

@@ -24,86 +24,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
+
+from shared.tales.nodes import Entry, Fork, Mention, Node, Plan, Text
+from shared.tales.visibility import prove_choices_visible
 
 _SLOT = re.compile(r"(\^?)(a )?(\w+)(?:\.(\w+))?(?:=(@\w+\.\w+|\w+)(?:!([\w,]+))?)?")
 _ENTRY = re.compile(r"([^,{]+?)\s*(?:\{([^}]*)\}\s*)?(?:,|$)")
-
-
-@dataclass(eq=False)
-class Entry:
-    """A word or phrase of a lexicon with its attributes.
-
-    `forms` holds what templates write for it; `peer` is the first entry of its lexicon that later draws
-    cannot tell apart from it.
-    """
-
-    text: str
-    lexicon: str
-    attributes: dict[str, str]
-    forms: dict[str, str] = field(default_factory=dict)
-    peer: Entry | None = None
-
-
-@dataclass(eq=False)
-class Text:
-    """A literal piece of a sentence; `gap` marks the space before a sentence."""
-
-    text: str
-    gap: bool = False
-    next: Node | None = None
-
-
-@dataclass(eq=False)
-class Mention:
-    """A place where a variable is written; one with a `source` draws the variable first.
-
-    The source is the name of a pool or `@variable.attribute`; entries that the variables in `excluded`
-    hold are not drawn. `entries` are all that the variable can hold here; `steers` says whether a later
-    draw depends on it. `form` is the way of writing: `^` for a capital, `a ` for the article, then a dot
-    and the attribute, if any.
-    """
-
-    variable: str
-    form: str
-    line: int
-    source: str = ""
-    excluded: tuple[str, ...] = ()
-    entries: tuple[Entry, ...] = ()
-    steers: bool = False
-    gap: bool = False
-    next: Node | None = None
-
-    @property
-    def attribute(self) -> str:
-        """The attribute that is written, "" for the entry's own text."""
-        return self.form.partition(".")[2]
-
-
-@dataclass(eq=False)
-class Fork:
-    """A choice among alternatives: lists of nodes when read, their first nodes once linked."""
-
-    branches: list
-    line: int
-    gap: bool = False
-
-
-Node = Text | Mention | Fork
-
-
-@dataclass
-class Plan:
-    """A story plan: first node, facts' templates, and slots: line number and the templates of a sentence.
-
-    Templates are lists of nodes, linked to what follows in the story."""
-
-    name: str
-    line: int
-    slots: list[tuple[int, list[list[Node]]]] = field(default_factory=list)
-    facts: dict[str, list[Node]] = field(default_factory=dict)
-    start: Node | None = None
 
 
 @dataclass
@@ -127,6 +55,8 @@ class Grammar:
         self.lexicons: dict[str, tuple[Entry, ...]] = {}
         self.plans: dict[str, Plan] = {}
         self._read(source)
+
+        # Each plan: its sentences as one sequence, checked in the order of the story, then linked to a graph.
         draws: list[Mention] = []
         for plan in self.plans.values():
             body: list[Node] = []
@@ -136,15 +66,17 @@ class Grammar:
             found: list[Mention] = []
             scope = self._resolve(body, Scope({}, set()), found)
             for template in plan.facts.values():
-                self._resolve(template, scope, [])
-            steering = {name for node in found for name in (*node.excluded, node.source[1:].split(".")[0])}
+                self._resolve([*template], scope, [])
+            steering = {name for node in found for name in node.needs}
             for node in found:
                 node.steers = node.variable in steering
             draws += found
             plan.start = _link(body, None)
+
+        # What concerns all plans together.
         self._find_peers({node.source.split(".")[1] for node in draws if "." in node.source})
         self.root = Fork([plan.start for plan in self.plans.values()], 0)
-        _prove_choices_visible(self.root)
+        prove_choices_visible(self.root)
 
     def pool(self, name: str, line: int = 0) -> tuple[Entry, ...]:
         """Return the entries of a lexicon or pool. Raises ValueError for an unknown name."""
@@ -167,6 +99,8 @@ class Grammar:
             word, _, rest = line.partition(" ")
             if not line or line.startswith("#"):
                 continue
+
+            # A line that is not indented is a heading, to which the lines after it belong.
             if not raw[0].isspace():
                 name, _, definition = rest.partition(" ")
                 lexicon, plan = "", None
@@ -180,17 +114,24 @@ class Grammar:
                     plan = self.plans[name] = Plan(name, number)
                 else:
                     raise ValueError(f"line {number}: {word!r} is not one of lexicon, pool, plan")
+
+            # Below a lexicon: its entries.
             elif lexicon:
                 found = [
                     Entry(text.strip(), lexicon, defaults | _attributes(own))
                     for text, own in _ENTRY.findall(line)
                 ]
                 self._define(lexicon, self.lexicons.pop(lexicon) + tuple(found), number)
+
+            # Below a plan: facts, sentences, and other ways to say a sentence.
             elif plan is None:
                 raise ValueError(f"line {number}: {line!r} stands below no heading")
             elif word == "fact":
                 key, _, template = rest.partition("=")
-                plan.facts[key.strip()] = _parse_template(template.strip(), number)
+                nodes = _parse_template(template.strip(), number)
+                plan.facts[key.strip()] = [node for node in nodes if not isinstance(node, Fork)]
+                if len(plan.facts[key.strip()]) < len(nodes):
+                    raise ValueError(f"line {number}: a fact has no alternatives, got {template.strip()!r}")
             elif word == "|":
                 plan.slots[-1][1].append(_parse_template(rest.strip(), number))
             else:
@@ -205,16 +146,16 @@ class Grammar:
     def _resolve(self, nodes: list[Node], scope: Scope, draws: list[Mention]) -> Scope:
         """Find what each mention can write, collect `draws`, return what is known after `nodes`."""
         for node in nodes:
+            # After a fork only that is known which every branch has made known.
             if isinstance(node, Fork):
                 ends = [self._resolve(branch, scope, draws) for branch in node.branches]
                 common = sorted(set.intersection(*(set(end.variables) for end in ends)))
                 merged = {name: _unique(end.variables[name] for end in ends) for name in common}
                 scope = Scope(merged, set.intersection(*(end.apart for end in ends)))
+
+            # A mention needs variables that have a value, and gives it to one more where it draws.
             elif isinstance(node, Mention):
-                used = [*node.excluded] if node.source else [node.variable]
-                if node.source.startswith("@"):
-                    used.append(node.source[1:].split(".")[0])
-                for name in used:
+                for name in node.needs:
                     if name not in scope.variables:
                         known = ", ".join(scope.variables) or "none"
                         raise ValueError(f"line {node.line}: unknown variable {name!r}; known: {known}")
@@ -301,6 +242,7 @@ def _parse_template(text: str, line: int) -> list[Node]:
 def _parse_sequence(text: str, position: int, closing: str, line: int) -> tuple[list[Node], int]:
     nodes: list[Node] = []
     while position < len(text) and text[position] not in closing:
+        # A variable in braces.
         if text[position] == "{":
             end = text.find("}", position)
             slot = _SLOT.fullmatch(text[position + 1 : max(end, 0)])
@@ -310,6 +252,8 @@ def _parse_sequence(text: str, position: int, closing: str, line: int) -> tuple[
             others = tuple(excluded.split(",")) if excluded else ()
             nodes.append(Mention(variable, f"{capital}{article_mark}.{attribute}", line, source, others))
             position = end + 1
+
+        # Alternatives in brackets, which may hold others.
         elif text[position] == "(":
             branches = []
             while text[position] != ")":
@@ -319,8 +263,11 @@ def _parse_sequence(text: str, position: int, closing: str, line: int) -> tuple[
                     raise ValueError(f"line {line}: ( without )")
             nodes.append(Fork(branches, line))
             position += 1
+
+        # Text, up to the next sign of these.
         else:
-            end = re.compile(r"[{(" + re.escape(closing) + "]|$").search(text, position).start()
+            signs = "{(" + closing
+            end = next((i for i in range(position, len(text)) if text[i] in signs), len(text))
             nodes.append(Text(text[position:end]))
             position = end
     return nodes, position
@@ -335,53 +282,3 @@ def _link(nodes: list[Node], following: Node | None) -> Node | None:
             node.next = following
         following = node
     return following
-
-
-def _openings(node: Node | None, expanded: bool = False) -> set[str]:
-    """Return how texts from a node on may begin, as far as the second variable; a newline is the end."""
-    if node is None:
-        return {"\n"}
-    if isinstance(node, Fork):
-        return set().union(*(_openings(branch, expanded) for branch in node.branches))
-    if isinstance(node, Text):
-        return {node.text + rest for rest in _openings(node.next, expanded)}
-    if expanded:
-        return {""}
-    return {entry.forms[node.form] + rest for rest in _openings(node.next, True) for entry in node.entries}
-
-
-def _prove_choices_visible(root: Fork) -> None:
-    """Raise ValueError at the first choice that the text after it might not decide."""
-    waiting: list[Node | None] = [root]
-    seen: set[Node | None] = {None}
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, Fork):
-            waiting += node.branches
-            _check_apart(
-                ((text, number) for number, branch in enumerate(node.branches) for text in _openings(branch)),
-                node.line,
-            )
-        else:
-            waiting.append(node.next)
-            if isinstance(node, Mention) and node.source:
-                ends = {text[:1] for text in _openings(node.next)}
-                _check_apart(
-                    ((entry.forms[node.form] + end, entry.text) for entry in node.entries for end in ends),
-                    node.line,
-                )
-
-
-def _check_apart(labelled: Iterable[tuple[str, object]], line: int) -> None:
-    """Raise ValueError if a text is a prefix of a text with another label."""
-    open_texts: list[tuple[str, object]] = []
-    for text, label in sorted(labelled, key=lambda pair: pair[0]):
-        while open_texts and not text.startswith(open_texts[-1][0]):
-            open_texts.pop()
-        for _, other in open_texts:
-            if other != label:
-                raise ValueError(f"line {line}: a text with {text!r} does not decide between two choices")
-        open_texts.append((text, label))

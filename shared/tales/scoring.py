@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from shared.tales.generator import derivations, grammar
-from shared.tales.grammar import Entry, Fork, Mention, Node, Plan, Text
+from shared.tales.nodes import Entry, Fork, Mention, Node, Plan, Text
 
 PRONOUNS = {"he", "him", "his", "himself", "sib"}
 
@@ -114,7 +114,8 @@ def _align(plan: Plan, sentences: list[str]) -> tuple[set[int], list[Reading]]:
                 reading = next(_readings(nodes[0], sentence, 0), None) if nodes else None
                 if reading is not None:
                     found[slot] = [*best[slot - 1], reading]
-        matched |= {number} if found else set()
+        if found:
+            matched.add(number)
         for slot, chain in found.items():
             for later in range(slot, len(best)):
                 if len(chain) > len(best[later]):
@@ -126,15 +127,19 @@ def _judge(readings: list[Reading]) -> tuple[Counter[str], Counter[str]]:
     """Count, by kind, the mentions that agree with what was said before, and the mentions judged."""
     right: Counter[str] = Counter()
     judged: Counter[str] = Counter()
+
+    # What each variable may be by what was said of it so far.
     held: dict[str, set[Entry]] = {}
     for node, surface in (mention for reading in readings for mention in reading):
         fitting = {entry for entry in node.entries if entry.forms[node.form] == surface}
         kind, known = _kind(node), held.get(node.variable)
+
+        # Where the plan draws: different from those it must differ from, and of the pool that a cause decides.
         if node.source:
             checks = [held[name] != fitting for name in node.excluded if name in held]
-            decider, _, attribute = node.source[1:].partition(".")
-            if attribute and decider in held:
-                pools = {grammar().lexicons[entry.attributes[attribute]] for entry in held[decider]}
+            if node.chooser in held:
+                attribute = node.source.partition(".")[2]
+                pools = {grammar().lexicons[entry.attributes[attribute]] for entry in held[node.chooser]}
                 fits = any(fitting & set(pool) for pool in pools)
                 if kind == "objects":
                     judged["consequences"] += 1
@@ -145,6 +150,8 @@ def _judge(readings: list[Reading]) -> tuple[Counter[str], Counter[str]]:
                 judged[kind] += 1
                 right[kind] += all(checks)
             held[node.variable] = fitting
+
+        # Where it writes again: the first mention says what it is, each later one must fit.
         elif known is None:
             held[node.variable] = fitting
         else:

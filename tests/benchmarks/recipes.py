@@ -24,6 +24,7 @@ from ch05_pretraining import pretrain
 from shared.notebook.records import replace_rows
 from shared.pretraining.options import Options, read_options
 from shared.pretraining.processes import Processes, hardware
+from shared.pretraining.run import Run
 
 RECIPES = Path(pretrain.__file__).resolve().parent / "recipes"
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -36,8 +37,10 @@ COLUMNS = [
     "seconds",
     "bits_per_byte",
     "loss_per_document",
+    "floor_per_document",
+    "percent_above_floor",
+    "hardware",
 ]
-COLUMNS += ["floor_per_document", "percent_above_floor", "hardware"]
 
 
 def options_of(recipe: str, changes: list[str], seed: int, folder: Path, threads: int) -> Options:
@@ -52,7 +55,7 @@ def median_step(
     options: dict[str, Options], processes: Processes, clock: str, n_rounds: int
 ) -> dict[str, float]:
     """Return the median time of a training step of each recipe, measured in turns."""
-    runs = {name: pretrain.Run(each, processes) for name, each in options.items()}
+    runs = {name: Run(each, processes) for name, each in options.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(n_rounds):
         for name, run in runs.items():
@@ -66,19 +69,21 @@ def median_step(
 
 def train(options: Options, processes: Processes, clock: str) -> dict[str, object]:
     """Train one recipe to its last step and return its row of the record."""
-    run = pretrain.Run(options, processes)
+    run = Run(options, processes)
     start = CLOCKS[clock]()
     for _ in range(options.steps):
         run.train_step()
     seconds = CLOCKS[clock]() - start
-    run.look()
+    run.check_losses()
     found = run.evaluate()
     run.close()  # its folder is free for the next run of the same recipe
-    measured = {name: f"{found[name]:.4f}" for name in COLUMNS if name in found}
     return {
-        **{"parameters": run.model.n_parameters, "steps": options.steps, "seconds": f"{seconds:.0f}"},
-        **measured,
-        **{"floor_per_document": f"{run.floor:.4f}", "hardware": hardware(processes)},
+        "parameters": run.model.n_parameters,
+        "steps": options.steps,
+        "seconds": f"{seconds:.0f}",
+        **{name: f"{found[name]:.4f}" for name in COLUMNS if name in found},
+        "floor_per_document": f"{run.floor:.4f}",
+        "hardware": hardware(processes),
     }
 
 

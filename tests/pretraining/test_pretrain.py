@@ -28,6 +28,7 @@ from ch05_pretraining import pretrain
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.pretraining.options import Options, read_options
 from shared.pretraining.processes import Processes
+from shared.pretraining.run import Run
 from shared.tales.distribution import expected_loss, next_tokens
 from shared.tales.encoding import TALE_TOKENIZER_FILE, tale_encoding
 from shared.tales.generator import TaleGenerator
@@ -59,9 +60,9 @@ def arguments(out: Path, *more: str, shards: Path | None = None) -> list[str]:
     return [*SMALL, "--out", str(out), "--shards", str(shards or out.parent / "shards"), *more]
 
 
-def new_run(*given: str) -> pretrain.Run:
+def new_run(*given: str) -> Run:
     options = read_options(pretrain.__doc__, list(given))
-    run = pretrain.Run(options, Processes(options.device, options.threads))
+    run = Run(options, Processes(options.device, options.threads))
     run.restore()
     run.open_log()
     return run
@@ -364,7 +365,7 @@ def test_a_run_begins_from_trained_weights_and_may_add_layers(folder, finished):
             assert torch.equal(block.attention.output.weight, -4 * value.T)
             assert not block.feed_forward.down.weight.any()
         run.train_step()
-        run.look()
+        run.check_losses()
         run.save()
         run.close()
         shutil.rmtree(source)  # needed at the beginning only
@@ -445,7 +446,7 @@ def test_tensorboard_holds_the_losses(folder):
 
 def poison(monkeypatch, batch: int, loss: float) -> None:
     """Give the batch of that number a loss of this size."""
-    real = pretrain.Run.train_step
+    real = Run.train_step
 
     def poisoned(run):
         number = run.step + run.skipped
@@ -454,7 +455,7 @@ def poison(monkeypatch, batch: int, loss: float) -> None:
             step, _, *rest = run.pending[-1]
             run.pending[-1] = (step, torch.tensor(loss), *rest)
 
-    monkeypatch.setattr(pretrain.Run, "train_step", poisoned)
+    monkeypatch.setattr(Run, "train_step", poisoned)
 
 
 @pytest.mark.parametrize(("loss", "message"), [(math.nan, "loss nan"), (99.0, r"loss 99\.0000: exploded")])

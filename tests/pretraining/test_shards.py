@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.pretraining import shards as text_shards
-from shared.pretraining.shards import find_text_files, load_encoding, tokenise, tokenise_tales
+from shared.pretraining import stretches
+from shared.pretraining.shards import find_text_files, load_encoding, tokenize, tokenize_tales
 from shared.tales.encoding import TALE_TOKENIZER_FILE, tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.text.dataset import open_token_file
@@ -65,43 +66,43 @@ def test_pieces_have_the_tokens_of_the_whole(parts, separated, job_bytes, tmp_pa
     if not any(documents):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_shards, "PIECE_BYTES", 24)
+        patch.setattr(stretches, "PIECE_BYTES", 24)
         # Only a text without a space may be cut anywhere; here no piece may.
-        patch.setattr(text_shards, "_last_safe_cut", cut_or_wait)
-        found = tokenise(
+        patch.setattr(stretches, "_last_safe_cut", cut_or_wait)
+        found = tokenize(
             [folder], folder / "shards", "tales", separator="##" if separated else None, job_bytes=job_bytes
         )
     assert tokens(found.train) == expected(kept) and found.validation == []
     assert found.counts["train"] == {"tokens": len(expected(kept)), "documents": len(kept)}
 
 
-real_cut = text_shards._last_safe_cut
+real_cut = stretches._last_safe_cut
 
 
 def cut_or_wait(buffer: bytes, limit: int) -> int:
     """Cut as the module does, but never where it would cut a text without spaces anywhere."""
-    text_shards.PIECE_BYTES = max(24, len(buffer))
+    stretches.PIECE_BYTES = max(24, len(buffer))
     return real_cut(buffer, limit)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_documents_are_divided_by_their_content_and_processes_change_nothing(workers, texts, tmp_path):
     options = {"validation_fraction": 0.2, "separator": "\n\n", "job_bytes": 4_000}
-    found = tokenise([texts], tmp_path / "shards", "tales", workers=workers, **options)
+    found = tokenize([texts], tmp_path / "shards", "tales", workers=workers, **options)
     stories = stories_of(texts)
     both = tokens(found.train), tokens(found.validation)
     assert len(found.train) > 5 and both[0].count(END) + both[1].count(END) == len(stories)
     decoded = [ENCODING.decode(side).split("<|endoftext|>")[:-1] for side in both]
     assert sorted(decoded[0] + decoded[1]) == sorted(stories) and not set(decoded[0]) & set(decoded[1])
     assert 0.05 < len(decoded[1]) / len(stories) < 0.4
-    one_job = tokenise([texts], tmp_path / "other", "tales", **{**options, "job_bytes": 10**6})
+    one_job = tokenize([texts], tmp_path / "other", "tales", **{**options, "job_bytes": 10**6})
     assert tokens(one_job.train) == both[0] and tokens(one_job.validation) == both[1]
     assert found.counts == one_job.counts
 
 
 def test_finished_jobs_are_not_done_again(texts, tmp_path, monkeypatch):
     options = {"separator": "\n\n", "job_bytes": 4_000}
-    expected_tokens = tokens(tokenise([texts], tmp_path / "unbroken", "tales", **options).train)
+    expected_tokens = tokens(tokenize([texts], tmp_path / "unbroken", "tales", **options).train)
     real, done = text_shards._run_job, []
 
     def interrupted(*arguments):
@@ -113,21 +114,21 @@ def test_finished_jobs_are_not_done_again(texts, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(text_shards, "_run_job", interrupted)
-        tokenise([texts], tmp_path / "shards", "tales", **options)
+        tokenize([texts], tmp_path / "shards", "tales", **options)
     again = []
     monkeypatch.setattr(text_shards, "_run_job", lambda *a: (again.append(a[-2]), real(*a)))
-    found = tokenise([texts], tmp_path / "shards", "tales", **options)
+    found = tokenize([texts], tmp_path / "shards", "tales", **options)
     assert done == [0, 1, 2] and again == list(range(3, len(found.train)))
     assert tokens(found.train) == expected_tokens and not list(found.folder.glob("*.part"))
     again.clear()
-    assert tokenise([texts], tmp_path / "shards", "tales", **options) == found and again == []
+    assert tokenize([texts], tmp_path / "shards", "tales", **options) == found and again == []
 
 
 def test_changed_texts_or_settings_get_another_folder(texts, tmp_path):
-    first = tokenise([texts], tmp_path / "shards", "tales")
-    assert tokenise([texts], tmp_path / "shards", "tales", separator="\n\n").folder != first.folder
+    first = tokenize([texts], tmp_path / "shards", "tales")
+    assert tokenize([texts], tmp_path / "shards", "tales", separator="\n\n").folder != first.folder
     (texts / "a.txt").write_text("Once upon a time.")
-    second = tokenise([texts], tmp_path / "shards", "tales")
+    second = tokenize([texts], tmp_path / "shards", "tales")
     assert second.folder != first.folder and second.sha256 != first.sha256
 
 
@@ -137,34 +138,34 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         path = tmp_path / f"{size}.txt"
         path.write_bytes(b"the quick brown fox jumps over " * (size // 31))
         tracemalloc.start()
-        tokenise([path], tmp_path / "shards", "tales", job_bytes=1 << 30)
+        tokenize([path], tmp_path / "shards", "tales", job_bytes=1 << 30)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] < 60e6
 
 
 def test_a_text_without_spaces_is_cut_between_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_shards, "PIECE_BYTES", 16)
+    monkeypatch.setattr(stretches, "PIECE_BYTES", 16)
     text = "猫在垫子上" * 40
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    found = tokenise([tmp_path / "a.txt"], tmp_path / "shards", "tales", job_bytes=100)
+    found = tokenize([tmp_path / "a.txt"], tmp_path / "shards", "tales", job_bytes=100)
     assert ENCODING.decode(tokens(found.train)[:-1]) == text
 
 
 def test_tales_are_written_with_their_floor(tmp_path):
-    found = tokenise_tales(tmp_path, 20, 5, 7, 6)
+    found = tokenize_tales(tmp_path, 20, 5, 7, 6)
     train, held_out = list(TaleGenerator(5).stories(20)), list(TaleGenerator(6).stories(7))
     assert tokens(found.train) == expected([story.text for story in train])
     assert tokens(found.validation) == expected([story.text for story in held_out])
     assert found.floor == pytest.approx(-sum(story.log_probability for story in held_out) / 7)
     assert found.counts["train"]["documents"] == 20
     written = os.stat(found.train[0]).st_mtime_ns
-    assert tokenise_tales(tmp_path, 20, 5, 7, 6) == found and os.stat(found.train[0]).st_mtime_ns == written
-    assert tokenise_tales(tmp_path, 21, 5, 7, 6).folder != found.folder
+    assert tokenize_tales(tmp_path, 20, 5, 7, 6) == found and os.stat(found.train[0]).st_mtime_ns == written
+    assert tokenize_tales(tmp_path, 21, 5, 7, 6).folder != found.folder
     with pytest.raises(ValueError, match="seed and validation_seed are both 5"):
-        tokenise_tales(tmp_path, 20, 5, 7, 5)
+        tokenize_tales(tmp_path, 20, 5, 7, 5)
     with pytest.raises(ValueError, match="n_stories must be at least 1, got 0"):
-        tokenise_tales(tmp_path, 0, 5, 7, 6)
+        tokenize_tales(tmp_path, 0, 5, 7, 6)
 
 
 def test_the_tokenizers(tmp_path):
@@ -191,13 +192,13 @@ def test_unreadable_input_is_named_and_finished_jobs_stay(texts, tmp_path):
     ]
     (texts / "z.txt").write_bytes(b"fine until \xff here")
     with pytest.raises(ValueError, match=r"z\.txt is not UTF-8 text \(invalid start byte: 0xff\)"):
-        tokenise([texts], tmp_path / "shards", "tales", job_bytes=4_000)
+        tokenize([texts], tmp_path / "shards", "tales", job_bytes=4_000)
     [folder] = (tmp_path / "shards").iterdir()
     assert len(list(folder.glob("job-*.json"))) > 2 and not list(folder.glob("*.part"))
     assert json.loads((folder / "job-00000.json").read_text())["train"]["tokens"] > 0
     (tmp_path / "nothing.txt").write_text("")
     with pytest.raises(ValueError, match="the text files are empty"):
-        tokenise([tmp_path / "nothing.txt"], tmp_path / "shards", "tales")
+        tokenize([tmp_path / "nothing.txt"], tmp_path / "shards", "tales")
 
 
 @pytest.mark.parametrize(
@@ -211,4 +212,4 @@ def test_unreadable_input_is_named_and_finished_jobs_stay(texts, tmp_path):
 )
 def test_bad_arguments(options, message, texts, tmp_path):
     with pytest.raises(ValueError, match=message):
-        tokenise([texts], tmp_path / "shards", "tales", **options)
+        tokenize([texts], tmp_path / "shards", "tales", **options)

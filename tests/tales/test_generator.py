@@ -121,6 +121,7 @@ def test_small_grammar_is_sampled_at_its_probabilities(tiny: Grammar) -> None:
         ("plan p\n    {x=f}.", "unknown lexicon 'f'"),
         ("lexicon f\n    a, b {k=v}\nplan p\n    {x=f} {x.k}.", "line 4: 'a' .*has no 'k'"),
         ("lexicon f\n    a, b, a", "holds an entry twice: .'a'"),
+        ("plan p\n    A cat.\n    fact who = (a|b)", "line 3: a fact has no alternatives"),
         ("plan p\n    {x.", "cannot read"),
         ("plan p\n    (a|b.", "without"),
         ("animals f\n    a", "'animals' is not one of lexicon, pool, plan"),

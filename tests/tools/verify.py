@@ -1,4 +1,4 @@
-"""Verify the whole course: lint, format, promotion, tests, and every notebook's stored outputs.
+"""Verify the whole course: lint, format, types, promotion, tests, and every notebook's stored outputs.
 
     python -m tests.tools.verify             what `make test` runs
 
@@ -18,6 +18,7 @@ NBVAL = ["pytest", "--nbval", "-n", "2", "--dist", "loadscope", "--tb=short"]
 STEPS = {
     "lint": [*PYTHON, "ruff", "check", "."],
     "format": [*PYTHON, "ruff", "format", "--check", "."],
+    "types": [*PYTHON, "mypy"],
     "promotion": [*PYTHON, "tests.tools.promote", "--check"],
     "architecture": [*PYTHON, "pytest", "tests/course/test_architecture.py"],
     "pytest": [*PYTHON, "pytest", "--ignore=tests/course/test_architecture.py", "--durations=5", "tests"],
