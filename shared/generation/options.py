@@ -66,7 +66,7 @@ class GenerationOptions:
     overflow: str = "error"
 
     def __post_init__(self) -> None:
-        # Whole numbers, then numbers, each in its range.
+        # Whole numbers and other numbers, each in its range.
         for name, low in (("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram", 0)):
             check_number(name, getattr(self, name), low, kind=int)
         for name, low, high in (
@@ -81,6 +81,7 @@ class GenerationOptions:
             check_number(name, getattr(self, name), low, high)
         if self.temperature:  # 0 is allowed, and then nothing below what `Temperature` allows
             check_number("temperature", self.temperature, SMALLEST, LARGEST)
+        # What may be left open, and what is one of two words.
         if self.seed is not None:
             check_number("seed", self.seed, 0, 10**18, kind=int)
         if self.overflow not in ("error", "slide"):

@@ -24,6 +24,7 @@ from shared.model.positions import (
     alibi_slopes,
     relative_position_bucket,
     rotary_inverse_frequencies,
+    rows_at,
     sinusoidal_positions,
 )
 
@@ -88,6 +89,16 @@ def test_absolute_positions_have_one_interface(module):
 def test_absolute_position_without_a_vector_is_named(module, wrong):
     with pytest.raises(ValueError, match=rf"position {wrong} .*context_length is 16"):
         module(16, 8)(torch.tensor([0, wrong]))
+
+
+def test_rows_at_takes_positions_of_any_shape():
+    table = random(5, 3)
+    for where in (torch.tensor(4), torch.tensor([0, 4]), torch.tensor([[[1, 1], [2, 0]]])):
+        assert torch.equal(rows_at(where, table), table[where])
+    with pytest.raises(ValueError, match="position 5 is outside 0 to 4"):
+        rows_at(torch.tensor([0, 5]), table)
+    with pytest.raises(TypeError, match=r"positions must be int64, got torch\.float32"):
+        rows_at(torch.tensor([0.0]), table)
 
 
 @pytest.mark.parametrize("module", ABSOLUTE)
