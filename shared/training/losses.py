@@ -87,7 +87,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype |
         for inputs, targets in on_device(batches, model):
             with precision(inputs.device, autocast):
                 losses = next_token_loss(model(inputs), targets, reduction="none")
-            nats += losses.double().sum().item()
+            nats += losses.cpu().double().sum().item()  # Apple's GPUs have no float64
             n_tokens += int((targets != IGNORE).sum())
     finally:
         model.train(was_training)
