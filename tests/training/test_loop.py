@@ -75,10 +75,16 @@ def test_loss_is_minus_the_log_of_the_target_s_probability():
 
 
 def test_loss_and_gradients_equal_transformers():
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_head=2, n_layer=1, bos_token_id=None,
-                   eos_token_id=None)
-    ).eval()  # fmt: skip
+    config = GPT2Config(
+        vocab_size=20,
+        n_positions=16,
+        n_embd=8,
+        n_head=2,
+        n_layer=1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = GPT2LMHeadModel(config).eval()
     ids = torch.randint(20, (3, 9), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[0, 5:] = IGNORE
@@ -347,11 +353,9 @@ def test_bfloat16_keeps_float32_weights_and_is_close():
 def test_auxiliary_loss_trains_but_is_not_logged():
     options = {"feed_forward": "moe", "n_experts": 4, "n_active_experts": 1}
     plain, balanced = build(**options), build(**options)
-    first = train(plain, [random_batch()], torch.optim.SGD(plain.parameters(), lr=0.1), n_steps=1)
-    log = train(
-        balanced, [random_batch()], torch.optim.SGD(balanced.parameters(), lr=0.1), n_steps=1,
-        auxiliary_loss=balance_loss,
-    )  # fmt: skip
+    sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
+    first = train(plain, [random_batch()], sgd(plain), n_steps=1)
+    log = train(balanced, [random_batch()], sgd(balanced), n_steps=1, auxiliary_loss=balance_loss)
     assert log[1].loss == first[1].loss
     routers = [model.blocks[0].feed_forward.router.weight for model in (plain, balanced)]
     assert not torch.equal(*routers)
