@@ -38,8 +38,13 @@ def sample_stories(model: GPTModel, n_stories: int, *, temperature: float = 1.0,
 
 def what_is_wrong(found: Score) -> str:
     """Name the grades below 1 of a text that is no whole story."""
-    grades = {"sentences": found.sentences, "pronouns": found.pronouns, "names": found.names}
-    grades |= {"objects": found.objects, "consequences": found.consequences}
+    grades = {
+        "sentences": found.sentences,
+        "pronouns": found.pronouns,
+        "names": found.names,
+        "objects": found.objects,
+        "consequences": found.consequences,
+    }
     return " and ".join(kind for kind, grade in grades.items() if grade is not None and grade < 1) or "order"
 
 
@@ -47,7 +52,8 @@ def record(name: str, whole: int, n_stories: int) -> None:
     """Store the count in the results of a shipped checkpoint, atomically."""
     path = CHECKPOINTS / name / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["results"] |= {"sampled_stories": n_stories, "whole_stories": whole}
+    config["results"]["sampled_stories"] = n_stories
+    config["results"]["whole_stories"] = whole
     part = path.with_suffix(".part")
     part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
     os.replace(part, path)

@@ -29,8 +29,14 @@ from shared.pretraining.processes import cpu_name
 def copy_weights(ours: GPTModel, theirs: GPT2LMHeadModel) -> None:
     """Give `theirs` the weights of `ours`."""
     state = ours.state_dict()
-    names = {"attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.output": "attn.c_proj"}
-    names |= {"feed_forward_norm": "ln_2", "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj"}
+    names = {
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "feed_forward_norm": "ln_2",
+        "feed_forward.up": "mlp.c_fc",
+        "feed_forward.down": "mlp.c_proj",
+    }
     copied = {
         "transformer.wte.weight": state["token_embedding.weight"],
         "transformer.wpe.weight": state["position_embedding.weight"],

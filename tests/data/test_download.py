@@ -631,7 +631,8 @@ MODEL_PATH = "/course/tiny/resolve/main/config.json"
 @pytest.fixture
 def hub(server: LoopbackServer, monkeypatch: pytest.MonkeyPatch) -> LoopbackServer:
     """Return a server that gives the answers of the Hub's download address."""
-    server.headers |= {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(MODEL_FILE).hexdigest()}"'}
+    server.headers["X-Repo-Commit"] = COMMIT
+    server.headers["ETag"] = f'"{hashlib.sha1(MODEL_FILE).hexdigest()}"'
     server.routes[MODEL_PATH] = MODEL_FILE
     monkeypatch.setenv("HF_ENDPOINT", server.address)
     return server

@@ -96,8 +96,14 @@ def test_greedy_equals_transformers(seed):
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.4)
     ours = GPTModel(GPTConfig(vocab_size=60, context_length=40, emb_dim=24, n_heads=3, n_layers=2)).double()
-    parts = {"attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.output": "attn.c_proj"}
-    parts |= {"feed_forward_norm": "ln_2", "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj"}
+    parts = {
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "feed_forward_norm": "ln_2",
+        "feed_forward.up": "mlp.c_fc",
+        "feed_forward.down": "mlp.c_proj",
+    }
     their = theirs.transformer
     with torch.no_grad():
         ours.token_embedding.weight.copy_(their.wte.weight)

@@ -140,8 +140,12 @@ def test_logits_and_gradients_equal_gpt2(vocab_size, context_length, n_heads, he
         "feed_forward.up": "mlp.c_fc",
         "feed_forward.down": "mlp.c_proj",
     }
-    outer = {"token_embedding.weight": "wte.weight", "position_embedding.weight": "wpe.weight"}
-    outer |= {f"final_norm.{kind}": f"ln_f.{kind}" for kind in ("weight", "bias")}
+    outer = {
+        "token_embedding.weight": "wte.weight",
+        "position_embedding.weight": "wpe.weight",
+        "final_norm.weight": "ln_f.weight",
+        "final_norm.bias": "ln_f.bias",
+    }
     named = [(mine, theirs.transformer.get_parameter(other), False) for mine, other in outer.items()]
     for i in range(n_layers):
         for mine, other in parts.items():
@@ -549,19 +553,27 @@ def test_a_configuration_refuses_types_and_unknown_fields(options, message):
 
 # A value that no GPTConfig may have, for every field that is not True or False.
 WRONG = {
-    **dict.fromkeys(
-        ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "feed_forward_dim"), 0
-    ),
-    **dict.fromkeys(("n_experts", "n_active_experts", "rope_original_length", "n_kv_heads", "head_dim"), 0),
-    **{
-        "window": -1,
-        "dropout": -0.1,
-        "norm": "",
-        "norm_eps": 1.0,
-        "feed_forward": "glu",
-        "positions": "rope",
-    },
-    **{"rope_base": math.inf, "rope_scaling": "dynamic", "rope_factor": math.nan, "init_std": 0.0},
+    "vocab_size": 0,
+    "context_length": 0,
+    "emb_dim": 0,
+    "n_heads": 0,
+    "n_layers": 0,
+    "feed_forward_dim": 0,
+    "n_experts": 0,
+    "n_active_experts": 0,
+    "rope_original_length": 0,
+    "n_kv_heads": 0,
+    "head_dim": 0,
+    "window": -1,
+    "dropout": -0.1,
+    "norm": "",
+    "norm_eps": 1.0,
+    "feed_forward": "glu",
+    "positions": "rope",
+    "rope_base": math.inf,
+    "rope_scaling": "dynamic",
+    "rope_factor": math.nan,
+    "init_std": 0.0,
 }
 
 

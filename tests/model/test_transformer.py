@@ -147,8 +147,8 @@ def test_stacks_equal_nn_transformer_in_values_and_gradients(norm_first, final_n
     (expected * weight).sum().backward()
     wanted = renamed({name: parameter.grad for name, parameter in theirs.named_parameters()})
     found = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    wanted |= {"source": their_source.grad, "target": their_target.grad}
-    found |= {"source": source.grad, "target": target.grad}
+    wanted["source"], wanted["target"] = their_source.grad, their_target.grad
+    found["source"], found["target"] = source.grad, target.grad
     assert found.keys() == wanted.keys()
     for name in wanted:
         scale = wanted[name].abs().max()

@@ -39,21 +39,23 @@ from tests.tools.architecture import ROOT
 
 SCRIPT = ROOT / "ch05_pretraining" / "pretrain.py"
 STEPS = 40
-SMALL = ["--data", "tales", "--tales-stories", "300", "--tales-validation", "12", "--no-tensorboard"]
-SMALL += ["--model", "n_layers=2", "emb_dim=32", "n_heads=2", "qk_norm=true", "dropout=0.1", "--threads", "1"]
-SMALL += [
-    "--steps",
-    str(STEPS),
-    "--batch-size",
-    "4",
-    "--warmup-steps",
-    "3",
-    "--evaluate-every",
-    "15",
-    "--device",
-    "cpu",
-]
-SMALL += ["--log-every", "4", "--checkpoint-every", "1"]
+SHAPE = ["n_layers=2", "emb_dim=32", "n_heads=2", "qk_norm=true"]
+OPTIONS = {
+    "--data": "tales",
+    "--tales-stories": "300",
+    "--tales-validation": "12",
+    "--threads": "1",
+    "--steps": str(STEPS),
+    "--batch-size": "4",
+    "--warmup-steps": "3",
+    "--evaluate-every": "15",
+    "--device": "cpu",
+    "--log-every": "4",
+    "--checkpoint-every": "1",
+}
+SMALL = ["--no-tensorboard", "--model", *SHAPE, "dropout=0.1"]
+for name, value in OPTIONS.items():
+    SMALL += [name, value]
 
 
 def arguments(out: Path, *more: str, shards: Path | None = None) -> list[str]:
@@ -135,8 +137,13 @@ def start(server, given: list[str], world: int, output: Path, stage: tuple[str, 
         port = str(free.getsockname()[1])
     processes = []
     for rank in range(world):
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         own = stage if rank == 0 else None
         processes.append(
             server.Process(target=child, args=(given, environment, own, str(output)), daemon=True)
@@ -231,7 +238,7 @@ def test_sigterm_to_one_of_two_processes_saves_and_stops_both(server, folder, un
 def test_torchrun_with_a_sharded_model_gives_the_losses_of_one_process(folder, unbroken):
     out = folder / "sharded"
     given = arguments(out, "--parallel", "fsdp", "--accumulation", "2", "--steps", "6")
-    given += ["--checkpoint-every", "3", "--export", str(out / "export"), "--model", *SMALL[8:12]]
+    given += ["--checkpoint-every", "3", "--export", str(out / "export"), "--model", *SHAPE]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
@@ -318,7 +325,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(exact, folder):
     losses = {}
     for parts in ("1", "4"):
         out = folder / f"parts-{len(exact)}-{parts}"
-        given = ["--steps", "5", "--model", *SMALL[8:12], "--accumulation", parts, *exact]
+        given = ["--steps", "5", "--model", *SHAPE, "--accumulation", parts, *exact]
         run = new_run(*arguments(out, *given))
         run.advance()
         losses[parts] = [float(row["loss"]) for row in rows_of(out / "log.csv")]
@@ -354,7 +361,7 @@ def test_a_run_begins_from_trained_weights_and_may_add_layers(folder, finished):
     for layers, tolerance in (("2", 1e-4), ("3", 2.0)):
         out, source = folder / f"begun-{layers}", folder / f"source-{layers}"
         shutil.copytree(trained, source)
-        model = ["--model", f"n_layers={layers}", *SMALL[9:12], "dropout=0"]
+        model = ["--model", f"n_layers={layers}", *SHAPE[1:], "dropout=0"]
         given = arguments(out, *model, "--start-from", str(source))
         run = new_run(*given)
         assert run.evaluate()["loss_per_document"] == pytest.approx(before, abs=tolerance)
@@ -380,7 +387,7 @@ def test_experts_are_kept_busy_by_the_balance_loss(folder):
     for weight in ("0", "1"):
         out = folder / f"experts-{weight}"
         options = ["--steps", "30", "--optimizer", "adamw", "--balance-weight", weight]
-        run = new_run(*arguments(out, "--model", *SMALL[8:12], *experts), *options)
+        run = new_run(*arguments(out, "--model", *SHAPE, *experts), *options)
         run.advance()
         loads[weight] = max(block.feed_forward.load.max().item() for block in run.model.blocks)
     assert 0.25 <= loads["1"] < loads["0"] - 0.05
@@ -415,7 +422,7 @@ def test_text_files_with_a_tokenizer_file_and_windows(folder, capsys):
     out = folder / "windows"
     given = ["--data", str(books), "--separator", "\\n\\n", "--tokenizer", str(TALE_TOKENIZER_FILE)]
     given += ["--rows", "windows", "--workers", "1", "--validation-fraction", "0.1"]
-    given += ["--model", "context_length=32", *SMALL[8:12]]
+    given += ["--model", "context_length=32", *SHAPE]
     run = new_run(*arguments(out, "--steps", "3", "--warmup-steps", "0", *given))
     run.advance()
     [row] = rows_of(out / "evaluation.csv")
@@ -619,8 +626,9 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         read_options(pretrain.__doc__, ["--help"])
     text = capsys.readouterr().out
-    assert "torchrun --nproc-per-node" in text and all(f"--{name.replace('_', '-')}" in text for name in vars(
-        Options(out="x", data=["tales"])))  # fmt: skip
+    assert "torchrun --nproc-per-node" in text
+    names = vars(Options(out="x", data=["tales"]))
+    assert [name for name in names if f"--{name.replace('_', '-')}" not in text] == []
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,21 @@ def test_known_examples_of_the_convention():
 
 @pytest.mark.parametrize(
     ("day", "ordinal"),
-    [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (13, "13th"), (21, "21st"),
-     (22, "22nd"), (23, "23rd"), (30, "30th"), (31, "31st")],
-)  # fmt: skip
+    [
+        (1, "1st"),
+        (2, "2nd"),
+        (3, "3rd"),
+        (4, "4th"),
+        (11, "11th"),
+        (12, "12th"),
+        (13, "13th"),
+        (21, "21st"),
+        (22, "22nd"),
+        (23, "23rd"),
+        (30, "30th"),
+        (31, "31st"),
+    ],
+)
 def test_ordinals(day, ordinal):
     assert write_date(date(2020, 1, day), FORMS[0]) == f"the {ordinal} of January, 2020"
 

@@ -126,11 +126,9 @@ def test_bfloat16_keeps_float32_weights_and_is_close():
 def test_auxiliary_loss_trains_but_is_not_logged():
     options = {"feed_forward": "moe", "n_experts": 4, "n_active_experts": 1}
     plain, balanced = build(**options), build(**options)
-    first = train(plain, [random_batch()], torch.optim.SGD(plain.parameters(), lr=0.1), n_steps=1)
-    log = train(
-        balanced, [random_batch()], torch.optim.SGD(balanced.parameters(), lr=0.1), n_steps=1,
-        auxiliary_loss=balance_loss,
-    )  # fmt: skip
+    sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
+    first = train(plain, [random_batch()], sgd(plain), n_steps=1)
+    log = train(balanced, [random_batch()], sgd(balanced), n_steps=1, auxiliary_loss=balance_loss)
     assert log[1].loss == first[1].loss
     routers = [model.blocks[0].feed_forward.router.weight for model in (plain, balanced)]
     assert not torch.equal(*routers)

@@ -135,8 +135,17 @@ def test_time_by_hand_on_a_round_machine():
 
 
 def test_the_best_plan_fits_and_no_small_machine_takes_a_large_model():
-    llama = GPTConfig(**{**LLAMA, "vocab_size": 32000, "context_length": 4096, "emb_dim": 8192, "n_heads": 64},
-                      n_kv_heads=8, n_layers=80, feed_forward_dim=28672, tie_weights=False)  # fmt: skip
+    shape = {
+        "vocab_size": 32000,
+        "context_length": 4096,
+        "emb_dim": 8192,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "n_layers": 80,
+        "feed_forward_dim": 28672,
+        "tie_weights": False,
+    }
+    llama = GPTConfig(**LLAMA | shape)
     assert parameter_count(llama) == 68_976_648_192  # Llama 2 70B
     assert best_plan(llama, 1, H100, 1024, 4096) is None
     times = []
