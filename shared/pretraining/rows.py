@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from shared.text.dataset import ResumableSampler, TokenShards, open_token_file
-
-IGNORED = -100
+from shared.training.loop import IGNORE
 
 Paths = Sequence[str | os.PathLike]
 
@@ -127,7 +126,7 @@ class DocumentRows:
         """Return (inputs, targets) of the rows, int64 of shape (rows, longest), padded with the end token and -100."""
         lengths = np.minimum(self.lengths[rows], self.context_length)
         inputs = np.full((len(rows), lengths.max()), self.end_token, dtype=np.int64)
-        targets = np.full_like(inputs, IGNORED)
+        targets = np.full_like(inputs, IGNORE)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             start = self.starts[row]
             targets[i, :length] = self.shards[self.shard_of[row]][start : start + length]
@@ -144,7 +143,7 @@ def repeated_targets(inputs: torch.Tensor, targets: torch.Tensor, counted: torch
             that a reader has to remember.
     """
     earlier = (targets[:, :, None] == inputs[:, None, :]).tril().any(dim=-1)  # (rows, tokens)
-    return earlier & (targets != IGNORED) & counted[targets.clamp(min=0)]
+    return earlier & (targets != IGNORE) & counted[targets.clamp(min=0)]
 
 
 def _sampler(n_rows: int, batch_size: int, seed: int) -> ResumableSampler:

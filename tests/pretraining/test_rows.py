@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.pretraining.rows import IGNORED, DocumentRows, WindowRows
+from shared.pretraining.rows import DocumentRows, WindowRows
 from shared.text.dataset import write_token_file
+from shared.training.loop import IGNORE
 
 END = 99
 
@@ -38,8 +39,8 @@ def test_rows_of_documents_equal_plain_slicing(documents, shards):
         for row, ins, outs in zip(whole, inputs.tolist(), targets.tolist(), strict=True):
             n = len(row) - 1
             assert ins[:n] == row[:-1] and outs[:n] == row[1:]
-            assert set(ins[n:]) <= {END} and set(outs[n:]) <= {IGNORED}
-        assert rows.n_targets(chosen) == int((targets != IGNORED).sum())
+            assert set(ins[n:]) <= {END} and set(outs[n:]) <= {IGNORE}
+        assert rows.n_targets(chosen) == int((targets != IGNORE).sum())
 
 
 @pytest.mark.parametrize("pool", [1, 3, 100])
@@ -58,7 +59,7 @@ def test_an_epoch_uses_every_document_at_most_once_in_an_order_of_its_own(pool, 
 def test_a_pool_leaves_less_padding(shards):
     def padding(pool: int) -> int:
         rows = DocumentRows(shards, 40, 4, END, pool=pool)
-        return sum(int((rows.tensors(rows.batch(k))[1] == IGNORED).sum()) for k in range(12))
+        return sum(int((rows.tensors(rows.batch(k))[1] == IGNORE).sum()) for k in range(12))
 
     assert padding(12) < padding(1) / 2
 
