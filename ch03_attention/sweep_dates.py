@@ -283,6 +283,7 @@ def learning_curve(model: str, seed: int) -> Curve:
         trained.train()
         counting += time.process_time() - paused
 
+    # The watcher fills `rows`.
     trained, _ = train(entry, seed, ONE_DATE, watch)
     return Curve(trained, rows)
 
@@ -310,10 +311,8 @@ def main() -> None:
     parser.add_argument(
         "--curves", action="store_true", help="record learning curves on single dates instead"
     )
-
-    # One thread, so that sums are taken in one order.
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # so that sums are taken in one order
 
     # Curves on single dates, where they are asked for.
     if options.curves:

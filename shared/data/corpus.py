@@ -25,7 +25,7 @@ class Story:
 
 
 @dataclass(frozen=True)
-class LabelledText:
+class LabeledText:
     """One text with its label, the kind of case it is (`plain`, `hard`, `ironic` ...) and its split."""
 
     text: str
@@ -72,14 +72,14 @@ def load_stories(split: str | None = None) -> list[Story]:
     return _of_split(stories, split)
 
 
-def load_sms(split: str | None = None) -> list[LabelledText]:
+def load_sms(split: str | None = None) -> list[LabeledText]:
     """Return text messages labelled `ham` or `spam` of one split, or all of them."""
-    return _of_split(_labelled("sms.tsv"), split)
+    return _of_split(_labeled("sms.tsv"), split)
 
 
-def load_reviews(split: str | None = None) -> list[LabelledText]:
+def load_reviews(split: str | None = None) -> list[LabeledText]:
     """Return short reviews labelled `positive` or `negative` of one split, or all of them."""
-    return _of_split(_labelled("reviews.tsv"), split)
+    return _of_split(_labeled("reviews.tsv"), split)
 
 
 def load_instructions(split: str | None = None) -> list[Instruction]:
@@ -111,8 +111,8 @@ def _rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def _labelled(name: str) -> list[LabelledText]:
-    return [LabelledText(row["text"], row["label"], row["kind"], row["split"]) for row in _rows(name)]
+def _labeled(name: str) -> list[LabeledText]:
+    return [LabeledText(row["text"], row["label"], row["kind"], row["split"]) for row in _rows(name)]
 
 
 def _of_split(rows: list, split: str | None) -> list:

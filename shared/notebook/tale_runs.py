@@ -84,5 +84,5 @@ def train_on_tales(
     )
     seconds = time.process_time() - started
     checked, floor = story_rows(VALIDATION_SEED, n_validation)
-    losses = [record.loss for record in log[1:]]
+    losses = [record.loss for record in log if record.loss is not None]
     return Outcome(model.eval(), losses, loss_per_document(model, checked), floor, log[-1].tokens, seconds)

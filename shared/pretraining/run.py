@@ -36,6 +36,7 @@ from shared.pretraining.shards import load_encoding
 from shared.pretraining.start import build_model, check_batch_size, load_data, model_config, prepare_data
 from shared.pretraining.updates import Updates
 from shared.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from shared.training.schedules import build_schedule
 from shared.weights.files import save_checkpoint_folder
 
 # A step whose loss has not been read yet: its number, this process's part of the loss and the norm of the gradients (on
@@ -72,6 +73,8 @@ class Run:
         check_batch_size(options, processes.world_size)
         self.encoding = load_encoding(options.tokenizer)
         self.config = model_config(options, self.encoding)
+        shape = {"decay": options.decay} if options.schedule == "wsd" else {}
+        schedule = build_schedule(options.schedule, options.steps, options.warmup_steps, **shape)
 
         # The first process takes the folder and prepares the data; then all of them read the same files.
         self.lock = processes.on_first(lambda: lock_folder(self.folder))
@@ -86,7 +89,7 @@ class Run:
         objective = Objective(
             options, self.encoding, self.train_rows, self.config.vocab_size, processes.device
         )
-        self.updates = Updates(options, processes, self.model, self.train_rows, objective)
+        self.updates = Updates(options, processes, self.model, self.train_rows, objective, schedule)
         token_bytes = token_byte_lengths(self.encoding, self.config.vocab_size)
         self.held_out = HeldOut(options, self.validation_rows, token_bytes, self.floor)
 

@@ -5,6 +5,7 @@ process holds only one part's activations at a time. The gradients are those of 
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -17,7 +18,6 @@ from shared.pretraining.options import Options
 from shared.pretraining.processes import Processes, share_gradients, whole
 from shared.pretraining.rows import DocumentRows, WindowRows
 from shared.training.optimizers import build_optimizers, set_learning_rates
-from shared.training.schedules import build_schedule
 
 
 class Updates:
@@ -29,6 +29,7 @@ class Updates:
         model: On its device. Where there are several processes, it is prepared for them; with "fsdp" in place.
         train_rows: The training rows.
         objective: What is minimized.
+        schedule: From the number of updates done to the factor on the peak learning rates.
 
     Attributes:
         forward: What is called in the place of the model.
@@ -42,11 +43,10 @@ class Updates:
         model: GPTModel,
         train_rows: DocumentRows | WindowRows,
         objective: Objective,
+        schedule: Callable[[int], float],
     ) -> None:
         self.options, self.processes, self.model = options, processes, model
-        self.train_rows, self.objective = train_rows, objective
-        shape = {"decay": options.decay} if options.schedule == "wsd" else {}
-        self.schedule = build_schedule(options.schedule, options.steps, options.warmup_steps, **shape)
+        self.train_rows, self.objective, self.schedule = train_rows, objective, schedule
         self.forward = processes.parallelize(model, options.parallel)
         self.optimizers = build_optimizers(
             model,

@@ -54,10 +54,10 @@ def _openings(node: Node | None, expanded: bool = False) -> set[str]:
     return {entry.forms[node.form] + rest for rest in _openings(node.next, True) for entry in node.entries}
 
 
-def _check_apart(labelled: Iterable[tuple[str, object]], line: int) -> None:
+def _check_apart(labeled: Iterable[tuple[str, object]], line: int) -> None:
     """Raise ValueError if a text is a prefix of a text with another label."""
     open_texts: list[tuple[str, object]] = []
-    for text, label in sorted(labelled, key=lambda pair: pair[0]):
+    for text, label in sorted(labeled, key=lambda pair: pair[0]):
         while open_texts and not text.startswith(open_texts[-1][0]):
             open_texts.pop()
         for _, other in open_texts:

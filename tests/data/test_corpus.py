@@ -95,7 +95,7 @@ def test_no_two_stories_share_a_paragraph():
         (load_reviews, {"positive", "negative"}, {"plain", "mixed", "ironic", "negated"}, 400),
     ],
 )
-def test_labelled_texts(load, labels, kinds, at_least):
+def test_labeled_texts(load, labels, kinds, at_least):
     rows = load()
     assert len(rows) >= at_least
     assert {row.label for row in rows} == labels

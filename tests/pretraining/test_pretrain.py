@@ -531,6 +531,7 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(folder, finished, mo
         (["--batch-size", "6", "--accumulation", "4"], "batch_size is 6; .* a multiple of 4"),
         (["--batch-size", "400"], "batch_size is 400, but the data have only 300 rows"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--decay", "3"], "decay must leave 1 to 37 of 40 steps"),
         (["--model", "n_heads"], "'n_heads' is not NAME=VALUE"),
         (["--model", "n_heads=5"], "emb_dim must be a multiple of n_heads=5"),
         (["--model", "heads=5"], "heads"),
