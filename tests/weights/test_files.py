@@ -49,9 +49,14 @@ def test_any_shape_goes_through_a_file_and_back(kv_heads, head_dim, tied, family
         "bias": False,
         "qkv_bias": False,
         "n_kv_heads": kv_heads,
+        "feed_forward": "moe" if family == "mixtral" else "swiglu",
+        "qk_norm": family == "qwen3",
+        "vocab_size": 9,
+        "context_length": 4,
+        "emb_dim": 16,
+        "n_heads": 4,
+        "n_layers": 2,
     }
-    options |= {"feed_forward": "moe" if family == "mixtral" else "swiglu", "qk_norm": family == "qwen3"}
-    options |= {"vocab_size": 9, "context_length": 4, "emb_dim": 16, "n_heads": 4, "n_layers": 2}
     config = GPTConfig(**options, head_dim=head_dim, tie_weights=tied, n_experts=3)
     model, other = GPTModel(config), GPTModel(config)
     views = huggingface_views(model, family)

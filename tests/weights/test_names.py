@@ -12,8 +12,17 @@ from shared.weights.names import huggingface_views
 from shared.weights.pretrained import GPT2_REPOSITORIES, empty_model
 from tests.weights.models import ROPES, config_of, config_of_transformers, theirs
 
-THEIRS = ("gpt2", "gpt2, inner width", *ROPES, "llama, tied", "llama, biases", "qwen3", "qwen3, window")
-THEIRS += ("mistral", "mixtral")
+THEIRS = (
+    "gpt2",
+    "gpt2, inner width",
+    *ROPES,
+    "llama, tied",
+    "llama, biases",
+    "qwen3",
+    "qwen3, window",
+    "mistral",
+    "mixtral",
+)
 
 
 def loaded(folder) -> GPTModel:
