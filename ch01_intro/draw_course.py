@@ -12,7 +12,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from shared.notebook.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE
+from shared.notebook.plotting import BLUE, GRAY, GREEN, ORANGE, PURPLE
 
 STAGES = (
     ("2  Text", "clean, tokenize,\nsample, embed", "tiktoken, tokenizers,\nftfy", BLUE),
@@ -42,13 +42,13 @@ def draw(path: Path) -> None:
     for position, (name, built, proof, color) in enumerate(STAGES):
         left = GAP + position * (WIDTH + GAP)
         center = left + WIDTH / 2
-        for bottom, height, fill in ((1.45, 1.3, color), (0.2, 0.85, GREY)):
+        for bottom, height, fill in ((1.45, 1.3, color), (0.2, 0.85, GRAY)):
             box = FancyBboxPatch((left, bottom), WIDTH, height, boxstyle="round,pad=0.03", facecolor=fill)
             box.set(alpha=0.16, edgecolor="none")
             axes.add_patch(box)
         axes.text(center, 2.48, name, ha="center", va="center", weight="bold", fontsize=12)
         axes.text(center, 1.93, built, ha="center", va="center", fontsize=10.5)
-        axes.text(center, 0.85, "proven against", ha="center", va="center", fontsize=8.5, color=GREY)
+        axes.text(center, 0.85, "proven against", ha="center", va="center", fontsize=8.5, color=GRAY)
         axes.text(center, 0.5, proof, ha="center", va="center", fontsize=9.5)
         if position:
             arrow = FancyArrowPatch(

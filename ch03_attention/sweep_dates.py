@@ -32,7 +32,7 @@ from shared.text.dates import (
     END_ID,
     PAD_ID,
     START_ID,
-    VOCABULARY_SIZE,
+    VOCAB_SIZE,
     DateGenerator,
     ids_to_text,
     split_days,
@@ -103,7 +103,7 @@ class Curve:
 def paper_transformer() -> Transformer:
     """Return a small Transformer in the order of the paper: post-norm, one matrix for the three uses, sinusoids."""
     config = BlockConfig(emb_dim=64, n_heads=4, feed_forward_dim=128, dropout=0.0)
-    return Transformer(config, VOCABULARY_SIZE, n_encoder_layers=2, n_decoder_layers=2, context_length=256)
+    return Transformer(config, VOCAB_SIZE, n_encoder_layers=2, n_decoder_layers=2, context_length=256)
 
 
 RECIPES = {
@@ -111,10 +111,10 @@ RECIPES = {
     "short": Recipe("short", steps=300, max_dates=2, curriculum=0.5),
 }
 MODELS = {
-    "fixed": ModelEntry(lambda: EncoderDecoder(VOCABULARY_SIZE, 32, 64), 8e-3),
-    "attention": ModelEntry(lambda: EncoderDecoder(VOCABULARY_SIZE, 32, 64, attention_size=32), 8e-3),
+    "fixed": ModelEntry(lambda: EncoderDecoder(VOCAB_SIZE, 32, 64), 8e-3),
+    "attention": ModelEntry(lambda: EncoderDecoder(VOCAB_SIZE, 32, 64, attention_size=32), 8e-3),
     # Three times the weights, to see whether size replaces attention; one seed, as it takes long.
-    "fixed-wide": ModelEntry(lambda: EncoderDecoder(VOCABULARY_SIZE, 32, 128), 6e-3, seeds=(0,)),
+    "fixed-wide": ModelEntry(lambda: EncoderDecoder(VOCAB_SIZE, 32, 128), 6e-3, seeds=(0,)),
     "transformer": ModelEntry(paper_transformer, 5e-3),
     "transformer-long": ModelEntry(paper_transformer, 5e-3, stretch=3),
 }

@@ -89,8 +89,8 @@ def beam_search(
             if not running:
                 break
             # Nothing can win any more when even the most favourable length leaves the best beginning behind.
-            most_favourable = max_new_tokens if length_penalty > 0 else length + 1
-            bound = best.values[running[0]].item() / most_favourable**length_penalty
+            most_favorable = max_new_tokens if length_penalty > 0 else length + 1
+            bound = best.values[running[0]].item() / most_favorable**length_penalty
             if len(finished) == beam_size and bound <= beam_score(finished[-1], length_penalty):
                 break
             # The best beginnings go on, each with the keys and values of its parent.

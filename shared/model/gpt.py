@@ -217,10 +217,10 @@ class GPTModel(nn.Module):
         self.output_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False, device=device)
         if config.tie_weights:
             self.output_head.weight = self.token_embedding.weight
-        self.initialise()
+        self.initialize()
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Draw all weights anew as GPT-2 does (Radford et al., 2019, section 2.3): normal with `init_std`, biases zero.
 
         The last maps of the 2 * n_layers branches are smaller by 1 / sqrt(2 * n_layers): so the sum of all branches

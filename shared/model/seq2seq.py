@@ -96,7 +96,7 @@ class EncoderDecoder(nn.Module):
     """A bidirectional GRU encoder and a GRU decoder, with one fixed vector between them or with attention.
 
     Args:
-        vocabulary_size: Number V of symbols, shared by input and output.
+        vocab_size: Number V of symbols, shared by input and output.
         embedding_size: Length of a symbol's vector.
         hidden_size: Length H of each direction's state and of the decoder's state.
         attention_size: Hidden units of additive attention (Bahdanau, Cho and Bengio 2015). None gives the decoder
@@ -106,18 +106,18 @@ class EncoderDecoder(nn.Module):
     """
 
     def __init__(
-        self, vocabulary_size: int, embedding_size: int, hidden_size: int, attention_size: int | None = None
+        self, vocab_size: int, embedding_size: int, hidden_size: int, attention_size: int | None = None
     ) -> None:
         super().__init__()
-        check_sizes(vocabulary_size=vocabulary_size, embedding_size=embedding_size)
-        self.vocabulary_size = vocabulary_size
-        self.source_embedding = nn.Embedding(vocabulary_size, embedding_size)
-        self.target_embedding = nn.Embedding(vocabulary_size, embedding_size)
+        check_sizes(vocab_size=vocab_size, embedding_size=embedding_size)
+        self.vocab_size = vocab_size
+        self.source_embedding = nn.Embedding(vocab_size, embedding_size)
+        self.target_embedding = nn.Embedding(vocab_size, embedding_size)
         self.read_forward = GRU(embedding_size, hidden_size)
         self.read_backward = GRU(embedding_size, hidden_size, reverse=True)
         self.start = nn.Linear(2 * hidden_size, hidden_size)
         self.cell = GRUCell(embedding_size + 2 * hidden_size, hidden_size)
-        self.output = nn.Linear(3 * hidden_size, vocabulary_size)
+        self.output = nn.Linear(3 * hidden_size, vocab_size)
         self.attention = None
         if attention_size is not None:
             self.attention = AdditiveAttention(hidden_size, 2 * hidden_size, attention_size)
@@ -127,7 +127,7 @@ class EncoderDecoder(nn.Module):
 
         Raises ValueError if a shape is wrong, an id is not in the vocabulary, or a row is empty.
         """
-        _check_ids("source_ids", source_ids, self.vocabulary_size)
+        _check_ids("source_ids", source_ids, self.vocab_size)
         if source_mask.shape != source_ids.shape or source_mask.dtype != torch.bool:
             found = f"{source_mask.dtype} {tuple(source_mask.shape)}"
             raise ValueError(f"source_mask must be bool {tuple(source_ids.shape)}, got {found}")
@@ -149,7 +149,7 @@ class EncoderDecoder(nn.Module):
         With attention the next state holds the weights of this step (B, S) under `"alignment"`. Raises
         ValueError if `previous_ids` has another shape or an id that is not in the vocabulary.
         """
-        _check_ids("previous_ids", previous_ids.unsqueeze(-1), self.vocabulary_size, len(state["hidden"]))
+        _check_ids("previous_ids", previous_ids.unsqueeze(-1), self.vocab_size, len(state["hidden"]))
         state, features = self._advance(self.target_embedding(previous_ids), state)
         return self.output(features), state
 
@@ -160,7 +160,7 @@ class EncoderDecoder(nn.Module):
         targets have another shape or ids that are not in the vocabulary.
         """
         state = self.encode(source_ids, source_mask)
-        _check_ids("target_ids", target_ids, self.vocabulary_size, len(source_ids))
+        _check_ids("target_ids", target_ids, self.vocab_size, len(source_ids))
         features = []
         for embedded in self.target_embedding(target_ids).unbind(1):  # T times (B, E)
             state, now = self._advance(embedded, state)
@@ -179,15 +179,15 @@ class EncoderDecoder(nn.Module):
         return state | {"hidden": hidden}, torch.cat([hidden, context], dim=1)
 
 
-def _check_ids(name: str, ids: Tensor, vocabulary_size: int, batch_size: int | None = None) -> None:
+def _check_ids(name: str, ids: Tensor, vocab_size: int, batch_size: int | None = None) -> None:
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.int64:
         found = f"{ids.dtype} {tuple(ids.shape)}"
         raise ValueError(f"{name} must be int64 (batch, length), not empty, got {found}")
     if batch_size is not None and len(ids) != batch_size:
         raise ValueError(f"{name} has {len(ids)} rows for {batch_size} inputs")
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary_size:
-        raise ValueError(f"{name} must be ids from 0 to {vocabulary_size - 1}, got {low} to {high}")
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name} must be ids from 0 to {vocab_size - 1}, got {low} to {high}")
 
 
 class AdditiveAttention(nn.Module):

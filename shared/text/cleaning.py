@@ -88,7 +88,7 @@ INVISIBLE = dict.fromkeys(
 ) | dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
 
 
-def normalise_newlines(text: str) -> str:
+def normalize_newlines(text: str) -> str:
     """Turn every kind of line end (CR LF, CR, form feed, NEL, Unicode's separators) into one LF."""
     return re.sub("\r\n|[\r\v\f\x85\u2028\u2029]", "\n", text)
 
@@ -102,7 +102,7 @@ def remove_control_characters(text: str) -> str:
     return text.translate(INVISIBLE)
 
 
-def normalise_unicode(text: str) -> str:
+def normalize_unicode(text: str) -> str:
     """Return the text in Unicode's form NFC (UAX 15): a letter and its marks as one character where one exists."""
     return unicodedata.normalize("NFC", text)
 
@@ -163,8 +163,8 @@ def _check_share(name: str, share: float) -> None:
 # go before HTML, which they break, and once more after it, as references can stand for them.
 # fmt: off
 DEFAULT_STEPS = (
-    fix_mojibake, normalise_newlines, remove_control_characters, unescape_html, remove_control_characters,
-    normalise_unicode, collapse_blank, drop_repeated_lines,
+    fix_mojibake, normalize_newlines, remove_control_characters, unescape_html, remove_control_characters,
+    normalize_unicode, collapse_blank, drop_repeated_lines,
 )
 # fmt: on
 

@@ -89,7 +89,7 @@ CHARACTERS = (
 )
 PAD_ID, START_ID, END_ID = 0, 1, 2
 FIRST_CHARACTER_ID = 3
-VOCABULARY_SIZE = FIRST_CHARACTER_ID + len(CHARACTERS)
+VOCAB_SIZE = FIRST_CHARACTER_ID + len(CHARACTERS)
 MAX_LENGTH = 256  # characters of one text
 
 
@@ -118,7 +118,7 @@ def ids_to_text(ids: Sequence[int]) -> str:
             break
         if number == START_ID and position == 0:
             continue
-        if not FIRST_CHARACTER_ID <= number < VOCABULARY_SIZE:
+        if not FIRST_CHARACTER_ID <= number < VOCAB_SIZE:
             raise ValueError(f"id {number} at position {position} is not a character's id")
         characters.append(CHARACTERS[number - FIRST_CHARACTER_ID])
     return "".join(characters)

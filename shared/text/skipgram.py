@@ -159,7 +159,7 @@ def train_skipgram(
     return losses
 
 
-def nearest_neighbours(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return for each row the `k` other rows of highest cosine similarity, best first.
 
     Args:
@@ -216,7 +216,7 @@ def svd_vectors(matrix: Tensor, emb_dim: int) -> Tensor:
     return left[:, :emb_dim] * values[:emb_dim].sqrt()
 
 
-def neighbour_precision(vectors: Tensor, labels: Sequence[str | None], k: int = 10) -> float:
+def neighbor_precision(vectors: Tensor, labels: Sequence[str | None], k: int = 10) -> float:
     """Return which share of the `k` nearest neighbours of labelled words carry the word's own label.
 
     Args:
@@ -229,7 +229,7 @@ def neighbour_precision(vectors: Tensor, labels: Sequence[str | None], k: int = 
     """
     if len(labels) != len(vectors) or all(label is None for label in labels):
         raise ValueError(f"{len(labels)} labels for {len(vectors)} words; needed are as many, not all None")
-    numbers, _ = nearest_neighbours(vectors, k)
+    numbers, _ = nearest_neighbors(vectors, k)
     hits = [
         labels[n] == label for label, row in zip(labels, numbers.tolist(), strict=True) if label for n in row
     ]

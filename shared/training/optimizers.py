@@ -26,7 +26,7 @@ from shared.model.attention import MultiHeadAttention
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steep at 0, so that small singular values grow fast
 
 
-def orthogonalise(matrices: Tensor, n_steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, n_steps: int = 5) -> Tensor:
     """Replace the singular values of each matrix by numbers near 1 and keep its singular vectors.
 
     A Newton-Schulz iteration of degree five (Jordan et al., 2024) after division by the Frobenius norm: five steps
@@ -111,7 +111,7 @@ class Muon(Optimizer):
                 split = update.split(group["split"] or update.shape[-2], dim=-2)
                 work.append((parameter, group, len(split)))
                 parts += split
-        done = iter(self._orthogonalised(parts, [group for _, group, n in work for _ in range(n)]))
+        done = iter(self._orthogonalized(parts, [group for _, group, n in work for _ in range(n)]))
         for parameter, group, n_parts in work:
             update = torch.cat([next(done) for _ in range(n_parts)], dim=-2).to(parameter.dtype)
             if isinstance(parameter, DTensor):  # without communication: every rank has the whole matrix
@@ -129,7 +129,7 @@ class Muon(Optimizer):
         update = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
         return update.full_tensor() if isinstance(update, DTensor) else update
 
-    def _orthogonalised(self, parts: list[Tensor], groups: list[dict[str, object]]) -> list[Tensor]:
+    def _orthogonalized(self, parts: list[Tensor], groups: list[dict[str, object]]) -> list[Tensor]:
         """Return the scaled updates of `parts`; those of equal shape are computed in one batch."""
         batches: dict[tuple, list[int]] = defaultdict(list)
         for i, (part, group) in enumerate(zip(parts, groups, strict=True)):
@@ -138,7 +138,7 @@ class Muon(Optimizer):
         for (shape, dtype, _, n_steps), indices in batches.items():
             batch = torch.stack([parts[i] for i in indices]).to(self.dtype or dtype)
             scale = max(1.0, shape[-2] / shape[-1]) ** 0.5
-            for i, update in zip(indices, scale * orthogonalise(batch, n_steps), strict=True):
+            for i, update in zip(indices, scale * orthogonalize(batch, n_steps), strict=True):
                 done[i] = update
         return done
 

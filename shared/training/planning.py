@@ -95,7 +95,7 @@ class Machine:
     node: int
     inside: float
     between: float
-    utilisation: float = 0.5
+    utilization: float = 0.5
 
 
 H100 = Machine(peak=989e12, memory=80e9, node=8, inside=450e9, between=50e9)  # SXM, NVLink, 400 Gbit/s a GPU
@@ -217,7 +217,7 @@ def plan(
     # Computing, with the repeated forward pass and the idle ends of the pipeline.
     parameters, micro_batches = parameter_count(config), per_copy // micro_rows
     flops = flops_per_token(config, n_tokens) * n_rows * n_tokens
-    computing = 4 / 3 * flops / layout.n_gpus / (machine.peak * machine.utilisation)
+    computing = 4 / 3 * flops / layout.n_gpus / (machine.peak * machine.utilization)
     computing *= (micro_batches + layout.pipeline - 1) / micro_batches
     # Sending between copies: gradients, and with sharding the weights.
     weights = 2 * parameters / layout.tensor / layout.pipeline

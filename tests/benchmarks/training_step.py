@@ -70,23 +70,23 @@ def timed_step(
     loss_of: Callable,
     model: torch.nn.Module,
     ids: torch.Tensor,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     clock: Callable[[], float],
 ) -> tuple[float, float, float]:
     """Return the loss, and the seconds of forward, loss and backward, without and with the optimiser's step."""
-    optimiser.zero_grad()
-    synchronise(ids.device)
+    optimizer.zero_grad()
+    synchronize(ids.device)
     start = clock()
     loss = loss_of(model, ids)
     loss.backward()
-    synchronise(ids.device)
+    synchronize(ids.device)
     middle = clock()
-    optimiser.step()
-    synchronise(ids.device)
+    optimizer.step()
+    synchronize(ids.device)
     return loss.item(), middle - start, clock() - start
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -159,8 +159,8 @@ def main() -> None:
     runs, clock = {}, CLOCKS[options.clock]
     for name, loss_of, model in (("ours", our_loss, ours), ("transformers", their_loss, theirs)):
         model.to(device).train()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        runs[name] = (loss_of, model, ids, optimiser, clock)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        runs[name] = (loss_of, model, ids, optimizer, clock)
 
     print(hardware(device))
     print(

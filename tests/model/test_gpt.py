@@ -433,7 +433,7 @@ def test_the_seed_decides_the_weights_and_initialise_draws_them_anew():
     torch.manual_seed(5)
     second = GPTModel(GPTConfig(**SMALL))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    second.initialise()
+    second.initialize()
     assert not torch.equal(first.token_embedding.weight, second.token_embedding.weight)
 
 

@@ -264,7 +264,7 @@ def test_bad_input_of_the_model_is_named(attention_size, arguments, words):
         (lambda: GRUCell(0, 4), "input_size must be at least 1, got 0"),
         (lambda: GRU(4, -1), "hidden_size must be at least 1, got -1"),
         (lambda: AdditiveAttention(3, 3, 0), "attention_size must be at least 1, got 0"),
-        (lambda: EncoderDecoder(0, 4, 4), "vocabulary_size must be at least 1, got 0"),
+        (lambda: EncoderDecoder(0, 4, 4), "vocab_size must be at least 1, got 0"),
         (lambda: EncoderDecoder(4, 4, 4, attention_size=0), "attention_size must be at least 1, got 0"),
         (lambda: greedy_decode(Table(0), *ONE, START, END, 0), "max_length must be at least 1, got 0"),
         (lambda: beam_decode(Table(0), *ONE, START, END, 4, 0), "beam_size must be at least 1, got 0"),

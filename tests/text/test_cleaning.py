@@ -27,8 +27,8 @@ from shared.text.cleaning import (
     jaccard,
     minhash_signature,
     near_duplicates,
-    normalise_newlines,
-    normalise_unicode,
+    normalize_newlines,
+    normalize_unicode,
     quality_problems,
     quality_report,
     remove_boilerplate,
@@ -145,8 +145,8 @@ def test_html_is_removed(text, expected):
 
 
 def test_newlines_of_every_kind():
-    assert normalise_newlines("a\r\nb\rc\nd\x0be\x0cf\x85g\u2028h\u2029i") == "\n".join("abcdefghi")
-    assert normalise_newlines("a\r\n\r\nb\r\rc") == "a\n\nb\n\nc"
+    assert normalize_newlines("a\r\nb\rc\nd\x0be\x0cf\x85g\u2028h\u2029i") == "\n".join("abcdefghi")
+    assert normalize_newlines("a\r\n\r\nb\r\rc") == "a\n\nb\n\nc"
 
 
 @given(ANY_TEXT)
@@ -164,11 +164,11 @@ def test_joiners_and_direction_marks_stay():
 
 @given(ANY_TEXT)
 def test_unicode_form_is_nfc(text):
-    assert normalise_unicode(text) == unicodedata.normalize("NFC", text)
+    assert normalize_unicode(text) == unicodedata.normalize("NFC", text)
 
 
 def test_compatibility_characters_are_kept_apart():
-    assert normalise_unicode("x² ½ ﬁ e\u0301") == "x² ½ ﬁ é"
+    assert normalize_unicode("x² ½ ﬁ e\u0301") == "x² ½ ﬁ é"
 
 
 @pytest.mark.parametrize(

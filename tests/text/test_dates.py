@@ -18,7 +18,7 @@ from shared.text.dates import (
     MAX_LENGTH,
     PAD_ID,
     START_ID,
-    VOCABULARY_SIZE,
+    VOCAB_SIZE,
     DateGenerator,
     encode_sources,
     encode_targets,
@@ -128,7 +128,7 @@ def test_characters_are_exactly_those_in_use():
 def test_ids_and_text_round_trip(text):
     ids = text_to_ids(text)
     assert ids_to_text(ids) == text == ids_to_text([START_ID, *ids, END_ID, PAD_ID, PAD_ID])
-    assert all(max(PAD_ID, START_ID, END_ID) < i < VOCABULARY_SIZE for i in ids)
+    assert all(max(PAD_ID, START_ID, END_ID) < i < VOCAB_SIZE for i in ids)
 
 
 def test_batch_has_the_stated_shapes_padding_and_texts():
@@ -173,7 +173,7 @@ def test_longest_input_is_within_the_limit():
         (lambda: encode_sources([]), "texts is empty"),
         (lambda: encode_sources(["1.1.2020", ""]), "characters, got 0"),
         (lambda: encode_targets(["2020?"]), "\\?"),
-        (lambda: ids_to_text([VOCABULARY_SIZE]), f"id {VOCABULARY_SIZE} at position 0"),
+        (lambda: ids_to_text([VOCAB_SIZE]), f"id {VOCAB_SIZE} at position 0"),
         (lambda: ids_to_text([5, START_ID]), "position 1"),
         (lambda: ids_to_text([-1]), "id -1"),
         (lambda: DateGenerator([]), "days is empty"),

@@ -14,8 +14,8 @@ from shared.text.skipgram import (
     SkipGram,
     chance_precision,
     keep_probabilities,
-    nearest_neighbours,
-    neighbour_precision,
+    nearest_neighbors,
+    neighbor_precision,
     noise_distribution,
     ppmi_matrix,
     skipgram_pairs,
@@ -134,14 +134,12 @@ def test_training_finds_words_with_the_same_company():
         learning_rate=0.02,
     )
     assert losses[-1] < losses[0]
-    assert (
-        neighbour_precision(model.centers.weight.detach(), GROUPS, k=4) > 0.9 > 2 * chance_precision(GROUPS)
-    )
+    assert neighbor_precision(model.centers.weight.detach(), GROUPS, k=4) > 0.9 > 2 * chance_precision(GROUPS)
 
 
 def test_counting_finds_words_with_the_same_company():
     vectors = svd_vectors(ppmi_matrix(*two_topics(), 20), 4)
-    assert neighbour_precision(vectors, GROUPS, k=4) == 1.0
+    assert neighbor_precision(vectors, GROUPS, k=4) == 1.0
 
 
 def test_training_is_reproducible():
@@ -196,7 +194,7 @@ def test_counting_refuses_bad_input():
 
 def test_neighbours_are_scikit_learns():
     vectors = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    numbers, similarities = nearest_neighbours(vectors, 7)
+    numbers, similarities = nearest_neighbors(vectors, 7)
     distances, theirs = NearestNeighbors(n_neighbors=8, metric="cosine").fit(vectors.numpy()).kneighbors()
     # kneighbors() without an argument leaves out each point itself.
     assert (numbers.numpy() == theirs[:, :7]).all()
@@ -206,20 +204,20 @@ def test_neighbours_are_scikit_learns():
 def test_neighbours_ignore_lengths():
     vectors = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     stretched = vectors * torch.linspace(0.1, 9, 20)[:, None]
-    assert torch.equal(nearest_neighbours(vectors, 5)[0], nearest_neighbours(stretched, 5)[0])
+    assert torch.equal(nearest_neighbors(vectors, 5)[0], nearest_neighbors(stretched, 5)[0])
 
 
 @pytest.mark.parametrize("k", [0, 4, -1])
 def test_neighbours_refuse_too_many(k):
     with pytest.raises(ValueError, match="k must be between 1 and 3"):
-        nearest_neighbours(torch.eye(4), k)
+        nearest_neighbors(torch.eye(4), k)
 
 
 def test_precision_by_hand():
     angles = torch.tensor([0.0, 0.1, 2.0, 2.35, 2.2])
     circle = torch.stack((angles.cos(), angles.sin()), dim=1)
     labels = ["x", "x", "y", "y", None]
-    assert neighbour_precision(circle, labels, k=1) == 0.5
+    assert neighbor_precision(circle, labels, k=1) == 0.5
     assert chance_precision(labels) == 0.25
     assert chance_precision(["x"] * 4) == 1.0
 
@@ -227,13 +225,13 @@ def test_precision_by_hand():
 def test_chance_is_what_random_vectors_score():
     labels = ["x"] * 100 + ["y"] * 50 + [None] * 150
     vectors = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
-    assert neighbour_precision(vectors, labels) == pytest.approx(chance_precision(labels), abs=0.05)
+    assert neighbor_precision(vectors, labels) == pytest.approx(chance_precision(labels), abs=0.05)
 
 
 def test_precision_refuses_bad_labels():
     with pytest.raises(ValueError, match="labels"):
-        neighbour_precision(torch.eye(4), ["x"] * 3)
+        neighbor_precision(torch.eye(4), ["x"] * 3)
     with pytest.raises(ValueError, match="labels"):
-        neighbour_precision(torch.eye(4), [None] * 4)
+        neighbor_precision(torch.eye(4), [None] * 4)
     with pytest.raises(ValueError, match="label"):
         chance_precision([None, None])

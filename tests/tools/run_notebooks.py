@@ -93,14 +93,14 @@ def execute(path: Path, environment: dict[str, str]) -> nbformat.NotebookNode:
             if client.km is not None:
                 raise
             raise KeyboardInterrupt from None
-    return _normalised(notebook)
+    return _normalized(notebook)
 
 
 def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def _normalized(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Drop what differs between runs and says nothing: Python's version, widgets, how printed text was buffered.
 
     A widget without its kernel shows as an error; its text takes its place.

@@ -23,7 +23,7 @@ from shared.training.optimizers import (
     Muon,
     build_optimizers,
     check_options,
-    orthogonalise,
+    orthogonalize,
     qkv_splits,
     set_learning_rates,
 )
@@ -60,22 +60,22 @@ def test_orthogonalise_keeps_singular_vectors_and_puts_each_singular_value_throu
     u, s, vt = torch.linalg.svd(matrix / torch.linalg.matrix_norm(matrix), full_matrices=False)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    torch.testing.assert_close(orthogonalise(matrix), u @ torch.diag(s) @ vt, atol=1e-9, rtol=0)
+    torch.testing.assert_close(orthogonalize(matrix), u @ torch.diag(s) @ vt, atol=1e-9, rtol=0)
 
 
 def test_orthogonalise_treats_a_batch_as_its_matrices_and_zero_as_zero():
     matrices = torch.randn(2, 3, 6, 4)
-    done = orthogonalise(matrices)
+    done = orthogonalize(matrices)
     for i in range(2):
         for j in range(3):
-            torch.testing.assert_close(done[i, j], orthogonalise(matrices[i, j]))
-    assert not orthogonalise(torch.zeros(3, 4)).any()
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(50, 20)))
+            torch.testing.assert_close(done[i, j], orthogonalize(matrices[i, j]))
+    assert not orthogonalize(torch.zeros(3, 4)).any()
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(50, 20)))
     assert values.min() > 0.5 and values.max() < 1.3
     with pytest.raises(ValueError, match=r"matrices must be \(\.\.\., rows, columns\).*\(3,\)"):
-        orthogonalise(torch.zeros(3))
+        orthogonalize(torch.zeros(3))
     with pytest.raises(ValueError, match=r"n_steps at least 1.*0"):
-        orthogonalise(torch.zeros(3, 3), 0)
+        orthogonalize(torch.zeros(3, 3), 0)
 
 
 @pytest.mark.parametrize("rounded", [False, True])

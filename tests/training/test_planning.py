@@ -119,7 +119,7 @@ def test_checkpointing_and_every_kind_of_parallelism_lower_what_a_gpu_holds():
 
 
 def test_time_by_hand_on_a_round_machine():
-    machine = Machine(peak=1e12, memory=1e12, node=8, inside=1e9, between=1e8, utilisation=1.0)
+    machine = Machine(peak=1e12, memory=1e12, node=8, inside=1e9, between=1e8, utilization=1.0)
     config = config_of("modern")
     flops = flops_per_token(config, 64) * 8 * 64
     assert plan(config, Layout(), machine, 8, 64).seconds == pytest.approx(4 / 3 * flops / 1e12)
