@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nbval.kernel import RunningKernel  # not needed, and not always installed, where notebooks are only run
+    from nbval.kernel import (
+        RunningKernel,  # not needed, and not always installed, where notebooks are only run
+    )
 
 ORDER_OF_SUMS = "OTHER_PROCESSOR"  # the variable that holds the seed of `other_processor.install`
 DEFAULT_SEED = 1
