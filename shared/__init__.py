@@ -10,6 +10,6 @@
 - `pretraining`: the machinery of `ch05_pretraining/pretrain.py`.
 - `notebook`: figures, proofs and records, for notebooks and scripts alone.
 
-`checkpoints/` holds trained weights. `text`, `model`, `generation`, `weights` and `training` are written by `make promote`
-from notebook cells; the other rooms are written by hand.
+`checkpoints/` holds trained weights. The rooms `text`, `model`, `generation`, `weights` and `training` are written by
+`make promote` from notebook cells, the others by hand.
 """

@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nbval.kernel import (
-        RunningKernel,  # not needed, and not always installed, where notebooks are only run
-    )
+if TYPE_CHECKING:  # nbval is not installed where notebooks are only run
+    from nbval.kernel import RunningKernel
 
 ORDER_OF_SUMS = "OTHER_PROCESSOR"  # the variable that holds the seed of `other_processor.install`
 DEFAULT_SEED = 1

@@ -1,7 +1,8 @@
 """Join a class that grows over several cells, `class X(X):  # continued`, into one.
 
 In the notebook each continuation is a subclass of the class so far, with its name. That equals the one joined class as
-long as nothing depends on which of the two a definition stands in; whatever would, is refused here with the cell's name.
+long as nothing depends on which of the two a definition stands in; whatever would, is refused here with the name of the
+cell.
 """
 
 import ast
@@ -84,7 +85,7 @@ def join_classes(cells: list[tuple[str, str, str]]) -> str:
 
 def _continues(place: str, node: ast.ClassDef, header: str, taken: dict[str, str]) -> bool:
     """Return whether a class statement continues an earlier class; refuse what only looks like it."""
-    if CONTINUED.match(header):
+    if (form := CONTINUED.match(header)) and form[1] == form[2]:
         return True
     bases = [ast.unparse(base) for base in node.bases]
     if "# continued" in header or (node.name in taken and node.name in bases):
