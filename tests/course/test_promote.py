@@ -43,7 +43,7 @@ def test_module_reads_as_if_written_by_hand(tmp_path):
         (
             "code",
             'def count(x: list) -> Counter:\n    """Count."""\n    return Counter(x[:LIMIT])',
-            "cleaning",
+            "text/cleaning",
         ),
     )
     assert collect(tmp_path)["text/cleaning"] == (
