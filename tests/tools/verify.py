@@ -19,6 +19,7 @@ STEPS = {
     "lint": [*PYTHON, "ruff", "check", "."],
     "format": [*PYTHON, "ruff", "format", "--check", "."],
     "promotion": [*PYTHON, "tests.tools.promote", "--check"],
+    "audit": [*PYTHON, "tests.tools.audit", "--teaching"],
     "architecture": [*PYTHON, "pytest", "tests/course/test_architecture.py"],
     "pytest": [*PYTHON, "pytest", "--ignore=tests/course/test_architecture.py", "--durations=5", "tests"],
     "notebooks": [*PYTHON, *NBVAL, *map(str, notebooks())],
