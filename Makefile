@@ -5,10 +5,10 @@ READY := .venv/.installed
 TOOLS := .venv/.installed-test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help lab run test promote processors refresh clean
+.PHONY: help lab run test promote processors new-notebook refresh clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 lab: $(READY) ## open the course in JupyterLab
 	$(BIN)/python -m jupyterlab
@@ -19,11 +19,14 @@ run: $(READY) ## execute every notebook (outputs go to build/) and print the res
 test: $(TOOLS) ## verify everything: lint, types, promotion, tests, every notebook's stored outputs
 	$(BIN)/python -m tests.tools.verify
 
-promote: $(TOOLS) ## write shared/ from the notebook cells tagged promote:<module>
+promote: $(TOOLS) ## write shared/ from the notebook cells that begin with its files' names
 	$(BIN)/python -m tests.tools.promote
 
 processors: $(TOOLS) ## compare notebooks (NB=...) under other orders of sums, as on other processors (SEEDS="1 2 3")
 	$(BIN)/python -m tests.tools.processors $(NB) $(if $(SEEDS),--seeds $(SEEDS))
+
+new-notebook: $(TOOLS) ## make a notebook in the house style: NAME=ch06_classification/01_spam
+	$(BIN)/python -m tests.tools.new_notebook $(NAME)
 
 refresh: $(TOOLS) ## rewrite the stored outputs of all notebooks, or of NB=path/to/notebook.ipynb
 	$(BIN)/python -m tests.tools.promote

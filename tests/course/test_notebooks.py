@@ -1,6 +1,5 @@
 """What every stored notebook must fulfil, and that the checks of stored outputs can fail."""
 
-import copy
 import re
 import subprocess
 import sys
@@ -11,14 +10,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tests.tools.architecture import CHAPTERS, ROOT, notebooks
-from tests.tools.notebook_outputs import agree, findings
+from tests.tools.notebook_outputs import agree
 
 NOTEBOOKS = notebooks()
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_stored_notebook(path):
-    assert findings(path) == []
 
 
 def test_every_notebook_of_the_tree_is_in_a_chapter_and_numbered():
@@ -99,69 +93,6 @@ def test_nbval_passes_what_is_right_and_fails_what_is_wrong(tmp_path):
     done = run_nbval(tmp_path, notebook)
     assert "3 failed, 6 passed" in done.stdout
     assert failed_cells(done) == {5, 6, 8}
-
-
-def test_findings_is_empty_for_a_good_notebook(tmp_path):
-    nbformat.write(good_notebook(), tmp_path / "a.ipynb")
-    assert findings(tmp_path / "a.ipynb") == []
-
-
-def unexecuted(notebook):
-    notebook.cells[2].execution_count = None
-    notebook.cells[2].outputs = []
-
-
-def out_of_order(notebook):
-    notebook.cells[1].execution_count, notebook.cells[2].execution_count = 2, 1
-
-
-def too_many_ignored(notebook):
-    notebook.cells[1].metadata["tags"] = ["nbval-ignore-output"]
-
-
-def visible_solution(notebook):
-    notebook.cells[3].metadata["jupyter"] = {}
-
-
-def missing_solution(notebook):
-    del notebook.cells[5]
-
-
-def timing(notebook):
-    notebook.cells[1].metadata["execution"] = {"iopub.execute_input": "2026-01-01"}
-
-
-def widget_state(notebook):
-    notebook.metadata["widgets"] = {}
-
-
-def stored_error(notebook):
-    notebook.cells[1].outputs = [new_output("error", ename="ValueError", evalue="", traceback=[])]
-
-
-def stored_stderr(notebook):
-    notebook.cells[1].outputs = [new_output("stream", name="stderr", text="warning")]
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        unexecuted,
-        out_of_order,
-        too_many_ignored,
-        visible_solution,
-        missing_solution,
-        timing,
-        widget_state,
-        stored_error,
-        stored_stderr,
-    ],
-)
-def test_findings_names_each_defect(tmp_path, spoil):
-    notebook = copy.deepcopy(good_notebook())
-    spoil(notebook)
-    nbformat.write(notebook, tmp_path / "a.ipynb")
-    assert len(findings(tmp_path / "a.ipynb")) == 1
 
 
 def test_the_readme_lists_every_notebook_and_no_other():

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -18,12 +19,16 @@ SQUARE = 'def square(x: float) -> float:\n    """Return x times x."""\n    retur
 
 
 def course(root, *cells, name="02_topic.ipynb", chapter="ch02_text_data"):
-    """Write a notebook with the given (kind, source, tag) cells below `root`."""
+    """Write a notebook with the given (kind, source, module) cells below `root`."""
     made = []
-    for kind, source, tag in cells:
-        cell = new_code_cell(source) if kind == "code" else new_markdown_cell(source)
-        cell.metadata["tags"] = [f"promote:{tag}"] if tag else []
-        made.append(cell)
+    for kind, source, module in cells:
+        if kind == "code":
+            made.append(new_code_cell(f"# shared/{module}.py\n{source}" if module else source))
+        elif module:
+            made.append(new_markdown_cell("## What this chapter puts into `shared/`"))
+            made.append(new_markdown_cell(f"### `shared/{module}.py`\n\n{source}"))
+        else:
+            made.append(new_markdown_cell(source))
     (root / chapter).mkdir(exist_ok=True)
     (root / "shared").mkdir(exist_ok=True)
     nbformat.write(new_notebook(cells=made), root / chapter / name)
@@ -141,13 +146,66 @@ def test_errors_name_the_notebook_and_the_cell(tmp_path, capsys, cells, message)
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_cell_with_two_modules_is_refused(tmp_path):
-    cell = new_code_cell(SQUARE)
-    cell.metadata["tags"] = ["promote:text/cleaning", "promote:text/tokenizer"]
-    (tmp_path / "ch02_text_data").mkdir()
-    nbformat.write(new_notebook(cells=[cell]), tmp_path / "ch02_text_data" / "01_a.ipynb")
-    with pytest.raises(PromotionError, match="one cell belongs to one module"):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# shared/text/cleaning",
+        "# Shared/text/cleaning.py",
+        "#shared/text/cleaning.py: clean",
+        "# file: shared/a/b.py",
+    ],
+)
+def test_what_looks_like_a_mark_and_is_none_is_refused(tmp_path, line):
+    course(tmp_path, ("code", f"{line}\n{SQUARE}", None))
+    with pytest.raises(PromotionError, match=r"code cell 1: .* is no mark; write '# shared/room/module.py'"):
         collect(tmp_path)
+
+
+def test_a_mark_counts_in_the_first_line_only_and_is_not_copied(tmp_path):
+    course(
+        tmp_path,
+        ("code", f"x = 1\n# shared/text/cleaning.py\n{SQUARE}", None),
+        ("code", f"\n{SQUARE}", "text/cleaning"),
+    )
+    module = collect(tmp_path)["text/cleaning"]
+    assert "# shared" not in module and "x = 1" not in module
+
+
+def test_a_description_counts_in_its_section_only(tmp_path):
+    course(
+        tmp_path,
+        ("prose", "### `shared/text/cleaning.py`\n\nA file that we will fill.", None),
+        ("code", SQUARE, "text/cleaning"),
+        ("prose", "Squares.", "text/cleaning"),
+        ("prose", "## Exercises", None),
+        ("prose", "### `shared/text/cleaning.py`\n\nOpen it.", None),
+    )
+    assert collect(tmp_path)["text/cleaning"].startswith('"""Squares.\n\nExplained')
+
+
+def test_imports_are_found_wherever_they_stand_and_come_out_sorted(tmp_path):
+    course(
+        tmp_path,
+        ("code", "def tau():\n    return math.pi * np.float64(2)", "text/cleaning"),
+        ("code", "import numpy as np", None),
+        ("code", "if True:\n    import math", None),
+    )
+    assert "import math\n\nimport numpy as np\n" in collect(tmp_path)["text/cleaning"]
+
+
+def test_other_kinds_of_cells_and_magic_commands_are_passed_over(tmp_path):
+    course(tmp_path, ("code", "%matplotlib inline", None), ("code", SQUARE, "text/cleaning"))
+    path = tmp_path / "ch02_text_data" / "02_topic.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_raw_cell("# shared/text/cleaning.py"))
+    nbformat.write(notebook, path)
+    assert "def square" in collect(tmp_path)["text/cleaning"]
+
+
+def test_the_whole_course_is_promoted_in_seconds():
+    started = time.perf_counter()
+    assert len(collect()) > 20
+    assert time.perf_counter() - started < 20  # 1 s on a quiet machine; 48 runs of ruff took longer
 
 
 def interpreter(version: str) -> str | None:

@@ -1,12 +1,15 @@
-"""Write the promoted rooms of `shared/` from the notebook cells tagged `promote:<room>/<module>`.
+"""Write the promoted rooms of `shared/` from the notebooks: their cells are the source.
 
     python -m tests.tools.promote            write what differs, remove what no notebook promotes
     python -m tests.tools.promote --check    write nothing, print the differences, exit 1 when there are any
 
-A tagged code cell holds finished definitions (functions, classes, constants); a tagged markdown cell holds the
-module's docstring. The imports that the definitions need are looked up by name among the notebook's own import
-statements, and names that the notebook promotes to another module become imports from that module. Several
-notebooks may promote into one module: chapter order is the order of the definitions.
+A code cell whose first line is the comment `# shared/<room>/<module>.py` goes there, without that line. It holds
+finished definitions: functions, classes, constants. `class X(X):  # continued` goes on with a class of an earlier cell;
+the module holds one class (`tests/tools/classes.py`). A markdown cell whose first line is the heading
+`### `shared/<room>/<module>.py``, below "What this chapter puts into `shared/`", describes the module and becomes its
+docstring. Imports are looked up by name among all import statements of the notebook; names that it promotes to another
+module are imported from there. Several notebooks may promote into one module: chapter order is the order of the
+definitions.
 """
 
 import argparse
@@ -24,14 +27,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.tools.architecture import PROMOTED_ROOMS, ROOT, modules, notebooks
+from tests.tools.classes import ContinuationError, join_classes
 
-TAG = "promote:"
+MARK = re.compile(r"#\s*shared/(\S+?)\.py\s*(?:\n|$)")  # the first line of a promoted code cell
+ALMOST = re.compile(r"#\s*(?:file:|promote:?)?\s*shared/\S*", re.I)
+DESCRIPTION = re.compile(r"#{2,6}\s+`?shared/(\S+?)\.py`?\s*(?:\n|$)")  # that of a module's description
+SECTION = "What this chapter puts into `shared/`"
+MODULE = re.compile(rf"({'|'.join(PROMOTED_ROOMS)})/[a-z][a-z0-9_]*")
 LINE_LENGTH = 110
 GAP = "\n\n\n"  # between two definitions
 
 
 class PromotionError(Exception):
-    """A notebook cannot be promoted; the message names the notebook and the cell."""
+    """A notebook cannot be promoted; the message is one line with the notebook, the cell and the remedy."""
 
 
 @dataclass
@@ -39,8 +47,8 @@ class Cell:
     """A promoted code cell: where it stands, its definitions, and the imports of its notebook."""
 
     place: str
+    notebook: str
     body: str
-    defined: list[str]
     available: dict[str, str]  # name -> import statement that binds it, anywhere in the notebook
     promoted_here: dict[str, str]  # name -> module that the same notebook promotes it to
 
@@ -49,7 +57,7 @@ class Cell:
 class Module:
     """What the notebooks promote to one module, in chapter order."""
 
-    prose: list[str] = field(default_factory=list)
+    descriptions: list[str] = field(default_factory=list)
     notebooks: list[str] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     imports: set[str] = field(default_factory=set)
@@ -69,26 +77,19 @@ class Module:
 
 
 def collect(root: Path = ROOT) -> dict[str, str]:
-    """Return the source text of every promoted module below `root`, by module name.
+    """Return the source text of every promoted module below `root`, by name ("room/module").
 
     Raises:
-        PromotionError: A tag names an unknown module, a cell does not parse or holds something other than
-            definitions, a name is defined twice, or a name is used that nothing imports or promotes.
+        PromotionError: A mark names no module, a cell does not parse or holds something other than definitions, a name
+            is defined twice, a class cannot be continued, or a name is used that nothing imports or promotes.
     """
-    modules: dict[str, Module] = {}
+    found: dict[str, Module] = {}
     for path in notebooks(root):
-        _collect_notebook(path, path.relative_to(root).as_posix(), modules)
-    for module in modules.values():
-        places: dict[str, str] = {}
-        for cell in module.cells:
-            for defined in cell.defined:
-                if defined in places:
-                    raise PromotionError(
-                        f"{cell.place}: {defined!r} is already promoted by {places[defined]}"
-                    )
-                places[defined] = cell.place
-    for name, line, used in _unbound_names({name: module.body() for name, module in modules.items()}):
-        module, cell = modules[name], modules[name].cell_at(line)
+        _collect_notebook(path, path.relative_to(root).as_posix(), found)
+    bodies = {name: _joined(module) for name, module in found.items()}
+    # Names are looked up in the cells as they stand: there a line tells its cell.
+    for name, line, used in _unbound_names({name: module.body() for name, module in found.items()}):
+        module, cell = found[name], found[name].cell_at(line)
         if used in cell.available:
             statement = cell.available[used]
         elif used in cell.promoted_here:
@@ -100,7 +101,7 @@ def collect(root: Path = ROOT) -> dict[str, str]:
             )
         if not statement.startswith(f"from {dotted(name)} import "):
             module.imports.add(statement)
-    return _tidied({name: _render(module) for name, module in modules.items()})
+    return _tidied({name: _render(name, module, bodies[name]) for name, module in found.items()})
 
 
 def dotted(module: str) -> str:
@@ -108,46 +109,58 @@ def dotted(module: str) -> str:
     return f"shared.{module.replace('/', '.')}"
 
 
-def _collect_notebook(path: Path, label: str, modules: dict[str, Module]) -> None:
-    """Add the promoted cells of one notebook to `modules`."""
+def _collect_notebook(path: Path, label: str, found: dict[str, Module]) -> None:
+    """Add the promoted cells of one notebook to `found`."""
     available: dict[str, str] = {}
     promoted_here: dict[str, str] = {}
-    code_position = 0
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        source, is_code = "".join(cell["source"]), cell["cell_type"] == "code"
-        tagged = [tag[len(TAG) :] for tag in cell["metadata"].get("tags", []) if tag.startswith(TAG)]
-        code_position += is_code
-        place = f"{label}, code cell {code_position}" if is_code else f"{label}, prose"
-        # A tag names one module, in a room that is promoted to.
-        if len(tagged) > 1:
-            raise PromotionError(
-                f"{place}: promoted to {' and '.join(tagged)}; one cell belongs to one module"
-            )
-        if tagged and not re.fullmatch(rf"({'|'.join(PROMOTED_ROOMS)})/[a-z][a-z0-9_]*", tagged[0]):
+    code_position, in_section = 0, False
+
+    def module_of(name: str, place: str) -> Module:
+        if not MODULE.fullmatch(name):
             rooms = ", ".join(PROMOTED_ROOMS)
-            raise PromotionError(
-                f"{place}: unknown module {tagged[0]!r}; write room/module, rooms are {rooms}"
-            )
-        if tagged:
-            module = modules.setdefault(tagged[0], Module())
-            if label not in module.notebooks:
-                module.notebooks.append(label)
-        if not is_code:
-            if tagged:
-                module.prose.append(source.strip())
+            raise PromotionError(f"{place}: unknown module {name!r}; write room/module, rooms are {rooms}")
+        module = found.setdefault(name, Module())
+        if label not in module.notebooks:
+            module.notebooks.append(label)
+        return module
+
+    for position, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            # A description counts below its heading only, so that prose may speak of files.
+            if re.match(r"#+ ", source):
+                in_section = source.split("\n")[0].lstrip("# ") == SECTION or (
+                    in_section and bool(DESCRIPTION.match(source))
+                )
+            if in_section and (mark := DESCRIPTION.match(source)):
+                module = module_of(mark[1], f"{label}, cell {position}")
+                module.descriptions.append(source[mark.end() :].strip())
             continue
+        if cell["cell_type"] != "code":
+            continue
+        code_position += 1
+        place = f"{label}, code cell {code_position}"
+        mark = MARK.match(source)
+        if mark is None and ALMOST.match(source):
+            line = source.split("\n")[0]
+            raise PromotionError(
+                f"{place}: {line!r} is no mark; write '# shared/room/module.py' alone on the line"
+            )
         # Imports count wherever they stand; definitions only where they are promoted.
         try:
             tree = ast.parse(source)
         except SyntaxError as error:
-            if tagged:
-                raise PromotionError(f"{place}: does not parse: {error.msg} (line {error.lineno})") from error
+            if mark:
+                raise PromotionError(
+                    f"{place}: does not parse: {error.msg} (line {error.lineno}); mend the cell"
+                ) from error
             continue  # a plain cell may hold a magic command
         available.update(_bindings(tree))
-        if tagged:
+        if mark:
+            module = module_of(mark[1], place)
             body, defined = _definitions(place, source, tree)
-            promoted_here.update(dict.fromkeys(defined, tagged[0]))
-            module.cells.append(Cell(place, body, defined, available, promoted_here))
+            promoted_here.update(dict.fromkeys(defined, mark[1]))
+            module.cells.append(Cell(place, label, body, available, promoted_here))
 
 
 def _bindings(tree: ast.Module) -> dict[str, str]:
@@ -166,8 +179,9 @@ def _bindings(tree: ast.Module) -> dict[str, str]:
 
 
 def _definitions(place: str, source: str, tree: ast.Module) -> tuple[str, list[str]]:
-    """Return the text of a promoted cell without its imports, and the names that it defines."""
+    """Return the text of a promoted cell without its mark and its imports, and the names that it defines."""
     lines = source.split("\n")
+    lines[0] = ""
     defined: list[str] = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -182,8 +196,8 @@ def _definitions(place: str, source: str, tree: ast.Module) -> tuple[str, list[s
                 lines[number] = ""
         else:
             raise PromotionError(
-                f"{place}: line {node.lineno} is neither a definition nor an import; a promoted cell holds "
-                "finished definitions only"
+                f"{place}: line {node.lineno} is neither a definition nor an import; move it to a cell of its own, a "
+                "promoted cell holds finished definitions only"
             )
     return "\n".join(lines).strip(), defined
 
@@ -229,30 +243,41 @@ def _ruff(command: str, *arguments: str) -> str:
     """Run ruff, this Python's own or that of the path, and return what it prints."""
     program = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
     if program is None:
-        raise PromotionError("ruff is not installed: python -m pip install -r requirements.txt")
+        raise PromotionError('ruff is not installed: python -m pip install -e ".[test]" -c constraints.txt')
     done = subprocess.run([program, command, *arguments], capture_output=True, encoding="utf-8", cwd=ROOT)
     if done.returncode:
         raise PromotionError(f"ruff {command} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
 
 
-def _render(module: Module) -> str:
-    prose = "\n\n".join(_wrap(text) for text in module.prose)
+def _joined(module: Module) -> str:
+    """Return the definitions of a module, each class in one piece."""
+    try:
+        return join_classes([(cell.place, cell.notebook, cell.body) for cell in module.cells])
+    except ContinuationError as error:
+        raise PromotionError(str(error)) from error
+
+
+def _render(name: str, module: Module, body: str) -> str:
+    """Return the text of a module: description, imports, definitions; neither sorted nor formatted."""
     source = (
         f"Explained and proven in {' and '.join(module.notebooks)}; written from there by `make promote`."
     )
+    prose = "\n\n".join(_wrap(text) for text in module.descriptions)
     docstring = f"{prose}\n\n{textwrap.fill(source, LINE_LENGTH)}\n" if prose else source
     if '"""' in docstring:
-        raise PromotionError(f"{module.notebooks[0]}: the docstring cell contains three double quotes")
+        raise PromotionError(
+            f"{module.notebooks[0]}: the description of {name} has three double quotes; take others"
+        )
     prefix = "r" if "\\" in docstring else ""
     imports = "\n".join(sorted(module.imports))
-    return f'{prefix}"""{docstring}"""\n\n{imports}\n\n{module.body()}\n'
+    return f'{prefix}"""{docstring}"""\n\n{imports}\n\n{body}\n'
 
 
 def _wrap(markdown: str) -> str:
     """Wrap plain paragraphs to the line length; lists, tables and indented blocks stay as they are."""
     paragraphs = []
-    for paragraph in markdown.lstrip("# ").split("\n\n"):
+    for paragraph in markdown.split("\n\n"):
         is_plain = not any(line.startswith(("-", "|", " ", "*", "1.")) for line in paragraph.split("\n"))
         joined = " ".join(paragraph.split())
         # The first line shares its row with the opening quotes.
@@ -275,13 +300,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"promote: {error}", file=sys.stderr)
         return 1
     shared = options.root / "shared"
+    # A module whose cells were renamed or removed leaves nothing behind.
     stale = [p for room in PROMOTED_ROOMS for p in modules(room, options.root)]
     stale = [p for p in stale if p.relative_to(shared).with_suffix("").as_posix() not in wanted]
     differing = len(stale)
     for path in stale:
-        print(f"{'no notebook promotes' if options.check else 'removed'} shared/{path.relative_to(shared)}")
+        name = path.relative_to(shared).as_posix()
+        print(f"{'no notebook promotes' if options.check else 'removed'} shared/{name}")
         if not options.check:
             path.unlink()
+    # What differs is shown or written, each file whole or not at all.
     for name, text in wanted.items():
         path = shared / f"{name}.py"
         present = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -20,6 +20,7 @@ STEPS = {
     "format": [*PYTHON, "ruff", "format", "--check", "."],
     "types": [*PYTHON, "mypy"],
     "promotion": [*PYTHON, "tests.tools.promote", "--check"],
+    "audit": [*PYTHON, "tests.tools.audit", "--teaching"],
     "architecture": [*PYTHON, "pytest", "tests/course/test_architecture.py"],
     "pytest": [*PYTHON, "pytest", "--ignore=tests/course/test_architecture.py", "--durations=5", "tests"],
     "notebooks": [*PYTHON, *NBVAL, *map(str, notebooks())],
