@@ -24,13 +24,6 @@ from shared.training.losses import choose_device
 
 T = TypeVar("T")
 
-# The devices that a run may use, and what says whether this machine has them.
-DEVICES: dict[str, Callable[[], bool]] = {
-    "cpu": lambda: True,
-    "cuda": torch.cuda.is_available,
-    "mps": torch.backends.mps.is_available,
-}
-
 
 def cpu_name() -> str:
     """Return the processor's name, as far as the system tells it."""
@@ -60,12 +53,8 @@ class Processes:
 
     def __init__(self, device: str = "auto", threads: int = 0) -> None:
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        chosen = choose_device() if device == "auto" else torch.device(device)
+        chosen = choose_device(device)
         kind = chosen.type
-        if kind not in DEVICES:
-            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {kind}")
-        if not DEVICES[kind]():
-            raise ValueError(f"device must be one that this machine has, got {kind}")
         if kind == "mps" and self.world_size > 1 and device == "auto":
             kind = "cpu"
         if kind == "mps" and self.world_size > 1:

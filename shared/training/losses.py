@@ -107,22 +107,26 @@ def loss_per_document(model: nn.Module, rows: Sequence[Sequence[int]], batch_siz
     return evaluate(model, batches).nats / len(ordered)
 
 
-def choose_device() -> torch.device:
-    """Return the device that `LLM_DEVICE` names; "auto", the default, is a GPU if there is one, else the CPU.
+def choose_device(name: str = "auto") -> torch.device:
+    """Return a device of this machine by its name.
+
+    "auto" is what the variable `LLM_DEVICE` names; where it names none, a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: The name is not auto, cpu, mps, cuda or cuda:N, or this machine has no such device.
     """
-    name = os.environ.get("LLM_DEVICE") or "auto"
+    said_by = "device"
+    if name == "auto":
+        said_by, name = "LLM_DEVICE", os.environ.get("LLM_DEVICE") or "auto"
     n_devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         return torch.device(next(kind for kind, n in n_devices.items() if n))
     kind, colon, index = name.partition(":")
     if kind not in n_devices or (colon and not index.isdecimal()):
-        raise ValueError(f"LLM_DEVICE must be auto, cpu, mps, cuda or cuda:N, got {name!r}")
+        raise ValueError(f"{said_by} must be auto, cpu, mps, cuda or cuda:N, got {name!r}")
     if int(index or 0) >= n_devices[kind]:
         found = ", ".join(f"{n} {kind}" for kind, n in n_devices.items())
-        raise ValueError(f"LLM_DEVICE must be a device of this machine ({found}), got {name!r}")
+        raise ValueError(f"{said_by} must be a device of this machine ({found}), got {name!r}")
     return torch.device(name)
 
 
