@@ -45,6 +45,20 @@ def causal_mask(
     return allowed
 
 
+def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a mask that is not bool (TypeError) or does not broadcast to `shape` (ValueError).
+
+    Three dimensions are refused where `shape` has four: (batch, queries, keys) would be taken for
+    (heads, queries, keys) without a word whenever the sizes allow it.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, True where a query may attend, got {mask.dtype}")
+    sizes = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
+    fits = len(sizes) == len(shape) and all(a in (1, b) for a, b in zip(sizes, shape, strict=True))
+    if not fits or (len(shape) == 4 and mask.dim() == 3):
+        raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(mask.shape)}")
+
+
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -84,20 +98,6 @@ def scaled_dot_product_attention(
     if dropout:
         weights = F.dropout(weights, dropout)
     return weights @ value, weights
-
-
-def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    """Refuse a mask that is not bool (TypeError) or does not broadcast to `shape` (ValueError).
-
-    Three dimensions are refused where `shape` has four: (batch, queries, keys) would be taken for
-    (heads, queries, keys) without a word whenever the sizes allow it.
-    """
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, True where a query may attend, got {mask.dtype}")
-    sizes = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
-    fits = len(sizes) == len(shape) and all(a in (1, b) for a, b in zip(sizes, shape, strict=True))
-    if not fits or (len(shape) == 4 and mask.dim() == 3):
-        raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(mask.shape)}")
 
 
 class KeyValueCache:

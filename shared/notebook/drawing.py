@@ -45,6 +45,7 @@ from shared.notebook.lettering import (
 from shared.notebook.plotting import BLUE, GREY, SKY
 
 MAX_WIDTH = 19  # cells; a wider picture would be shrunk by the page
+STYLE = {"figure.constrained_layout.use": False, "figure.autolayout": False}  # every place is given
 
 
 class Canvas:
@@ -58,12 +59,10 @@ class Canvas:
             raise ValueError(
                 f"width must be above 0 and at most {MAX_WIDTH}, height above 0, got {width, height}"
             )
-        self.width, self.height = width, height
-        self.labels: list[Label] = []
+        self.width, self.height, self.labels = width, height, list[Label]()
         self._head = 1.0 if title else 0.0
-        self.figure = Figure(
-            figsize=(width * UNIT, (height + self._head) * UNIT), facecolor=PAPER, layout="none"
-        )
+        with matplotlib.rc_context(STYLE):
+            self.figure = Figure(figsize=(width * UNIT, (height + self._head) * UNIT), facecolor=PAPER)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(height, -self._head))
         self.axes.set_axis_off()
@@ -112,12 +111,12 @@ class Canvas:
         y: float,
         width: float,
         height: float,
-        text: str,
+        text: str = "",
         *,
         detail: str = "",
         color: str = SKY,
     ) -> Area:
-        """Draw a rounded box with a text and, smaller below it, a detail.
+        """Draw a rounded box, with a text and, smaller below it, a detail.
 
         Raises ValueError if a size is not positive or a text does not fit.
         """
@@ -128,14 +127,15 @@ class Canvas:
             (x, y),
             width,
             height,
-            boxstyle="round,pad=0,rounding_size=0.2",
+            boxstyle=f"round,pad=0,rounding_size={min(0.2, width / 4, height / 4)}",
             facecolor=fill,
             edgecolor=INK,
             lw=0.9,
         )
         self.axes.add_patch(shape)
         middle = y + height / 2
-        self._inside(area, x + width / 2, middle - (0.24 if detail else 0), text, NORMAL, fill)
+        if text:
+            self._inside(area, x + width / 2, middle - (0.24 if detail else 0), text, NORMAL, fill)
         if detail:
             self._inside(area, x + width / 2, middle + 0.26, detail, SMALL, fill)
         return area
@@ -330,7 +330,7 @@ class Canvas:
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with (
-            matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "drawing"}),
+            matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "drawing"}),
             warnings.catch_warnings(),
         ):
             # The reader's browser has the Chinese characters that the font for measuring lacks.
@@ -346,7 +346,8 @@ class Canvas:
         if any(fonts_for(label.text) is None for label in self.labels):
             return None
         buffer, smaller = io.BytesIO(), io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=110)
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(buffer, format="png", dpi=110)
         # Few colours are enough, and a third of the bytes.
         Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
             smaller, "PNG", optimize=True
