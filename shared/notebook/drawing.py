@@ -36,11 +36,12 @@ from shared.notebook.lettering import (
     Area,
     Label,
     Point,
+    faults_of,
     fonts_for,
     mix,
     readable,
     text_size,
-    with_families,
+    tidy_svg,
 )
 from shared.notebook.plotting import BLUE, GREY, SKY
 
@@ -60,11 +61,11 @@ class Canvas:
                 f"width must be above 0 and at most {MAX_WIDTH}, height above 0, got {width, height}"
             )
         self.width, self.height, self.labels = width, height, list[Label]()
-        self._head = 1.0 if title else 0.0
+        self.head = 1.0 if title else 0.0
         with matplotlib.rc_context(STYLE):
-            self.figure = Figure(figsize=(width * UNIT, (height + self._head) * UNIT), facecolor=PAPER)
+            self.figure = Figure(figsize=(width * UNIT, (height + self.head) * UNIT), facecolor=PAPER)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
-        self.axes.set(xlim=(0, width), ylim=(height, -self._head))
+        self.axes.set(xlim=(0, width), ylim=(height, -self.head))
         self.axes.set_axis_off()
         if title:
             if text_size(title, LARGE)[0] > width - 0.2:
@@ -123,15 +124,8 @@ class Canvas:
         if width <= 0 or height <= 0:
             raise ValueError(f"width and height must be above 0, got {width}, {height}")
         fill, area = mix(color, 0.35), Area(x, y, width, height)
-        shape = FancyBboxPatch(
-            (x, y),
-            width,
-            height,
-            boxstyle=f"round,pad=0,rounding_size={min(0.2, width / 4, height / 4)}",
-            facecolor=fill,
-            edgecolor=INK,
-            lw=0.9,
-        )
+        corners = f"round,pad=0,rounding_size={min(0.2, width / 4, height / 4)}"
+        shape = FancyBboxPatch((x, y), width, height, corners, facecolor=fill, edgecolor=INK, lw=0.9)
         self.axes.add_patch(shape)
         middle = y + height / 2
         if text:
@@ -170,6 +164,7 @@ class Canvas:
             ValueError: The rows differ in length, there are none, names or `blocked` do not fit them, a number does
                 not fit its cell.
         """
+        # Check that everything fits.
         table = [[float(value) for value in row] for row in values]
         n_rows, n_columns = len(table), len(table[0]) if table else 0
         wide, high = cell
@@ -180,6 +175,7 @@ class Canvas:
                 raise ValueError(f"{what} must be {size} names or none, got {len(names)}")
         if blocked is not None and [len(row) for row in blocked] != [n_columns] * n_rows:
             raise ValueError(f"blocked must have {n_rows} rows of {n_columns}")
+        # Draw the cells, then the names around them.
         largest = max(1.0, *(abs(value) for row in table for value in row))
         for i, j in itertools.product(range(n_rows), range(n_columns)):
             hidden = blocked is not None and bool(blocked[i][j])
@@ -304,10 +300,10 @@ class Canvas:
         across, down = sides.get(side, (0, 0))
         if side not in sides or (start[1] != end[1] if down else start[0] != end[0]) or start == end:
             raise ValueError(f"brace needs a line and a side that goes with it, got {start}, {end}, {side!r}")
+        # Along the line and away from it: two arms that curve in, and a tip.
         first, last = sorted((start, end))
         length, r = abs(last[0] - first[0]) + abs(last[1] - first[1]), 0.16
         r = min(r, length / 4)
-        # Along the line and away from it: two arms that curve in, and a tip.
         outline = [(0, 0), (0, r), (r, r), (length / 2 - r, r), (length / 2, r), (length / 2, 2 * r)]
         outline += [(length - a, b) for a, b in outline[-2::-1]]
         points = [
@@ -328,6 +324,8 @@ class Canvas:
     def svg(self, alt: str) -> str:
         """Return the picture as an SVG element with live text; `alt` says in words what it shows."""
         buffer = io.StringIO()
+        for patch in self.axes.patches:
+            patch.set_clip_on(False)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with (
             matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "drawing"}),
@@ -336,9 +334,8 @@ class Canvas:
             # The reader's browser has the Chinese characters that the font for measuring lacks.
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
             self.figure.savefig(buffer, format="svg", metadata=nothing)
-        svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
         head = f'<svg role="img" aria-label="{escape(alt)}" style="max-width: 100%; height: auto" '
-        opened, closed = with_families(svg).replace("<svg ", head, 1).split(">", 1)
+        opened, closed = tidy_svg(buffer.getvalue()).replace("<svg ", head, 1).split(">", 1)
         return f"{opened}>\n <title>{escape(alt)}</title>{closed}"
 
     def png(self) -> bytes | None:
@@ -371,17 +368,7 @@ class Canvas:
 
 def faults(canvas: Canvas) -> list[str]:
     """Return what is wrong with the labels of a picture: two that overlap, one that leaves the picture."""
-    found = [
-        f"{a.text!r} overlaps {b.text!r}"
-        for a, b in itertools.combinations(canvas.labels, 2)
-        if a.area.meets(b.area)
-    ]
-    for label in canvas.labels:
-        area, slack = label.area, 0.02
-        across = area.x >= -slack and area.x + area.width <= canvas.width + slack
-        if not (across and area.y >= -canvas._head and area.y + area.height <= canvas.height + slack):
-            found.append(f"{label.text!r} leaves the picture")
-    return found
+    return faults_of(canvas.labels, Area(0, -canvas.head, canvas.width, canvas.height + canvas.head))
 
 
 def show(canvas: Canvas, alt: str) -> None:

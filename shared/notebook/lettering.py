@@ -4,8 +4,10 @@ Widths are measured with DejaVu Sans, which comes with matplotlib and is wider t
 here fits there. A wide character (Chinese, Japanese, Korean) counts as one em.
 """
 
+import itertools
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.colors import to_hex, to_rgb
@@ -115,6 +117,19 @@ def _is_wide(character: str) -> bool:
     return unicodedata.east_asian_width(character) in "WF"
 
 
+def faults_of(labels: Sequence[Label], room: Area) -> list[str]:
+    """Return a line for each two labels that overlap and for each one that is not wholly in the room."""
+    pairs = itertools.combinations(labels, 2)
+    found = [f"{a.text!r} overlaps {b.text!r}" for a, b in pairs if a.area.meets(b.area)]
+    for label in labels:
+        area, slack = label.area, 0.02
+        across = area.x >= room.x - slack and area.x + area.width <= room.x + room.width + slack
+        down = area.y >= room.y - slack and area.y + area.height <= room.y + room.height + slack
+        if not (across and down):
+            found.append(f"{label.text!r} leaves the picture")
+    return found
+
+
 def has_wide(text: str) -> bool:
     """Return whether a text holds a character that DejaVu Sans lacks and that is one em wide."""
     return any(map(_is_wide, text))
@@ -129,7 +144,12 @@ def fonts_for(text: str) -> list[str] | None:
     return [FONT, *found] if found else None
 
 
-def with_families(svg: str) -> str:
-    """Return an SVG text whose live text names the whole list of fonts, so that any browser has one of them."""
+def tidy_svg(svg: str) -> str:
+    """Return the SVG element of a file of matplotlib's, small, its live text with the whole list of fonts."""
+    # An element a line, and nothing before the first.
+    svg = re.sub(r"\s*\n(?!\s*<)", " ", svg[svg.index("<svg") :])
     families = ", ".join(f"'{family}'" if " " in family else family for family in FAMILIES)
-    return re.sub(rf"(font(?:-family)?:[^;\"]*?)'{FONT}'[^;\"]*", rf"\1{families}", svg)
+    # matplotlib names its fonts at each text, alone or in the shorthand that also holds the size.
+    svg = re.sub(rf" ?font-family: '{FONT}'[^;\"]*;?", "", svg)
+    svg = re.sub(rf"(font: [^;\"]*?)'{FONT}'[^;\"]*", rf"\1{families}", svg)
+    return svg.replace("<svg ", f'<svg font-family="{families}" ', 1)
