@@ -83,8 +83,11 @@ class Canvas:
         weight: str = "normal",
         align: str = "center",
         ground: str = PAPER,
+        paper: bool = False,
     ) -> Area:
         """Write a text with its middle (or its left or right end, by `align`) at a point; `\\n` begins a new line.
+
+        With `paper` it stands on a piece of paper, and arrows run behind it.
 
         Raises ValueError if the text is empty, smaller than `SMALL` or `align` is unknown.
         """
@@ -98,6 +101,10 @@ class Canvas:
         start = x - width * {"left": 0.0, "center": 0.5, "right": 1.0}[align]
         area, color = Area(start, y - height / 2, width, height), readable(color, ground)
         self.labels.append(Label(text, area, size, color, ground))
+        if paper:
+            self.axes.add_patch(
+                Rectangle((area.x - 0.08, area.y), width + 0.16, height, fc=PAPER, ec="none", zorder=4)
+            )
         options = {"fontsize": size, "color": color, "weight": weight, "ha": align, "va": "center_baseline"}
         for number, line in enumerate(lines := text.split("\n")):
             middle = y + (number - (len(lines) - 1) / 2) * height / len(lines)
@@ -284,12 +291,7 @@ class Canvas:
             # The middle of the curve: half of the way from the chord to its control point.
             across, down = end[0] - start[0], end[1] - start[1]
             x, y = (start[0] + end[0] - rad * down) / 2, (start[1] + end[1] + rad * across) / 2
-            width, height = text_size(label, SMALL)
-            paper = Rectangle(
-                (x - width / 2 - 0.08, y - height / 2), width + 0.16, height, fc=PAPER, ec="none", zorder=4
-            )
-            self.axes.add_patch(paper)
-            self.text(x, y, label, size=SMALL)
+            self.text(x, y, label, size=SMALL, paper=True)
 
     def brace(self, start: Point, end: Point, label: str = "", *, side: str = "below") -> None:
         """Draw a brace along a horizontal or vertical line, opening away from its label.

@@ -103,6 +103,17 @@ def test_the_width_of_an_arrow_is_its_share_and_its_label_lies_on_it():
     assert flat == pytest.approx((5, 5)) and bowed == pytest.approx((5, 3))
 
 
+def test_a_text_on_paper_hides_the_arrow_behind_it():
+    picture = canvas()
+    picture.arrow((1, 1), (9, 1))
+    area = picture.text(5, 1, "word", paper=True)
+    arrow, paper = picture.axes.patches
+    assert arrow.get_zorder() < paper.get_zorder() < picture.axes.texts[-1].get_zorder()
+    assert paper.get_x() < area.x and paper.get_x() + paper.get_width() > area.x + area.width
+    picture.text(5, 3, "word")
+    assert len(picture.axes.patches) == 2
+
+
 # --- Labels stand free
 
 
