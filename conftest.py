@@ -27,8 +27,8 @@ def pytest_configure(config) -> None:
         checked_run.reorder_sums(self.kernel)
 
     def collect_ignoring_more(self):
-        # A recorded result is also in the output as text, which is compared.
-        self.skip_compare = (*self.skip_compare, "stderr", MIME_TYPE)
+        # A recorded result is also in the output as text, a drawing as its description: those are compared.
+        self.skip_compare = (*self.skip_compare, "stderr", MIME_TYPE, "image/svg+xml")
         return collect(self)
 
     def sanitize_tolerantly(self, value):

@@ -47,6 +47,20 @@ def causal_mask(
     return allowed
 
 
+def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a mask that is not bool (TypeError) or does not broadcast to `shape` (ValueError).
+
+    Three dimensions are refused where `shape` has four: (batch, queries, keys) would be taken for
+    (heads, queries, keys) without a word whenever the sizes allow it.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, True where a query may attend, got {mask.dtype}")
+    sizes = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
+    fits = len(sizes) == len(shape) and all(a in (1, b) for a, b in zip(sizes, shape, strict=True))
+    if not fits or (len(shape) == 4 and mask.dim() == 3):
+        raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(mask.shape)}")
+
+
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -72,7 +86,8 @@ def scaled_dot_product_attention(
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ValueError(f"query (.., Q, d_k), key (.., K, d_k), value (.., K, d_v) do not fit: {shapes}")
-    check_dropout(dropout)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (..., queries, keys)
     if attention_mask is None:
         weights = scores.softmax(dim=-1)
@@ -85,20 +100,6 @@ def scaled_dot_product_attention(
     if dropout:
         weights = F.dropout(weights, dropout)
     return weights @ value, weights
-
-
-def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    """Refuse a mask that is not bool (TypeError) or does not broadcast to `shape` (ValueError).
-
-    Three dimensions are refused where `shape` has four: (batch, queries, keys) would be taken for
-    (heads, queries, keys) without a word whenever the sizes allow it.
-    """
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, True where a query may attend, got {mask.dtype}")
-    sizes = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
-    fits = len(sizes) == len(shape) and all(a in (1, b) for a, b in zip(sizes, shape, strict=True))
-    if not fits or (len(shape) == 4 and mask.dim() == 3):
-        raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(mask.shape)}")
 
 
 class KeyValueCache:

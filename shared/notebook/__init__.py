@@ -1,6 +1,8 @@
-"""What notebooks and the scripts beside them use to show and keep what they measure. In reading order:
+"""What notebooks and the scripts beside them use to draw, to show and to keep what they measure. In reading order:
 
 - `plotting`: one style for all figures, and the few kinds that recur.
+- `lettering`: how wide a text is in a drawing, and which colours can be read.
+- `drawing`: pictures of ideas: vectors, matrices, arrows, tokens, layers.
 - `proof`: ours beside a trusted implementation, in one line.
 - `results`: main figures, recorded for the table of `make run`.
 - `records`: CSV files that grow row by row.

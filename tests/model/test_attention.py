@@ -140,6 +140,27 @@ def test_check_mask_refuses_other_shapes_and_three_dimensions(shape):
         check_mask("mask", torch.ones(shape, dtype=torch.bool), (2, 3, 5, 6))
 
 
+def test_torchs_own_causal_flag_lines_up_with_the_first_key_and_ours_with_the_last():
+    query, key, value = inputs(1, 1, 2, 8), inputs(1, 1, 5, 8, seed=1), inputs(1, 1, 5, 8, seed=2)
+    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    close(theirs[:, :, 0], value[:, :, 0])  # the first of two new queries sees the first key only
+    ours, weights = scaled_dot_product_attention(query, key, value, causal_mask(2, 5))
+    assert (weights[0, 0, 0, :4] > 0).all() and weights[0, 0, 0, 4] == 0
+    close(ours, F.scaled_dot_product_attention(query, key, value, causal_mask(2, 5)))
+
+
+def test_an_empty_row_spoils_no_gradient_where_minus_infinity_alone_would():
+    value = inputs(2, 3).requires_grad_()
+    mask = torch.tensor([[True, True], [False, False]])
+    query = inputs(2, 4)
+    plain = (query @ query.T).masked_fill(~mask, -torch.inf).softmax(-1) @ value
+    plain[0].sum().backward()
+    assert value.grad.isnan().all()
+    value.grad = None
+    scaled_dot_product_attention(query, query, value, mask)[0][0].sum().backward()
+    assert value.grad.isfinite().all()
+
+
 # --- MultiHeadAttention against torch
 
 
