@@ -2,13 +2,17 @@
 
 Kernels get the environment of a checked run (`tests/tools/checked_run.py`), and their sums are in another order than
 those of the stored outputs (`tests/tools/other_processor.py`). `tests/tools/notebook_outputs.py` says what may differ.
+Cells that need a model package which is not installed are skipped, with those that depend on them (`needs.py`).
 """
+
+from collections import Counter
 
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
 from shared.notebook.results import MIME_TYPE
 from tests.tools import checked_run
+from tests.tools.needs import missing_tags, report, unavailable
 from tests.tools.notebook_outputs import TolerantText
 
 
@@ -29,7 +33,11 @@ def pytest_configure(config) -> None:
     def collect_ignoring_more(self):
         # A recorded result is also in the output as text, a drawing as its description: those are compared.
         self.skip_compare = (*self.skip_compare, "stderr", MIME_TYPE, "image/svg+xml")
-        return collect(self)
+        items = list(collect(self))
+        code_cells = [place for place, cell in enumerate(self.nb.cells) if cell.cell_type == "code"]
+        for place, tag in unavailable(self.nb.cells, list(missing_tags())).items():
+            items[code_cells.index(place)].add_marker(pytest.mark.skip(reason=tag))
+        return items
 
     def sanitize_tolerantly(self, value):
         value = sanitize(self, value)
@@ -38,3 +46,11 @@ def pytest_configure(config) -> None:
     IPyNbFile.setup = setup_in_another_order
     IPyNbFile.collect = collect_ignoring_more
     IPyNbCell.sanitize = sanitize_tolerantly
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reasons = [str(skipped.longrepr[2]) for skipped in terminalreporter.stats.get("skipped", [])]
+    missing = missing_tags()
+    counts = Counter(tag for tag in missing for reason in reasons if reason.endswith(tag))
+    for line in report(counts, missing):
+        terminalreporter.write_line(line)

@@ -6,13 +6,16 @@
     python -m tests.tools.run_notebooks --write [NOTEBOOK ...]   rewrite the notebooks themselves
 
 A cell that fails ends its notebook; the others go on, and the last lines say what failed and why (`--stop` ends the
-run instead). A notebook that fails or is interrupted stays as it was. The exit status is 1 when any failed.
+run instead). Cells that need a model package which is not installed are passed over and counted (`needs.py`). A
+notebook that fails or is interrupted stays as it was. The exit status is 1 when any failed.
 """
 
 import argparse
 import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
@@ -23,12 +26,26 @@ from tqdm import tqdm
 from shared.notebook.results import MIME_TYPE
 from tests.tools import checked_run
 from tests.tools.architecture import ROOT, notebooks
+from tests.tools.needs import missing_tags, report, unavailable
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 # A failing cell reports itself; the kernel's own log (advice to encrypt loopback sockets, complaints about being
 # shut down) would only stand between the results.
 KERNEL_ARGUMENTS = ["--log-level=CRITICAL"]
+
+
+class Client(NotebookClient):
+    """A client that leaves out the cells at the places in `passed_over`; they keep the outputs that they have."""
+
+    passed_over: Collection[int] = ()
+
+    async def async_execute_cell(
+        self, cell: nbformat.NotebookNode, cell_index: int, **options: object
+    ) -> nbformat.NotebookNode:
+        if cell_index in self.passed_over:
+            return cell
+        return await super().async_execute_cell(cell, cell_index, **options)
 
 
 class Failed(Exception):
@@ -71,7 +88,7 @@ def execute(path: Path, environment: dict[str, str]) -> nbformat.NotebookNode:
                 done += 1
                 bar.update()
 
-        client = NotebookClient(
+        client = Client(
             notebook,
             timeout=None,
             kernel_name="python3",
@@ -81,6 +98,7 @@ def execute(path: Path, environment: dict[str, str]) -> nbformat.NotebookNode:
             on_cell_executed=advance,
             extra_arguments=KERNEL_ARGUMENTS,
         )
+        client.passed_over = unavailable(notebook.cells, list(missing_tags()))
         try:
             client.execute(env=environment)
         except CellExecutionError as error:
@@ -94,6 +112,14 @@ def execute(path: Path, environment: dict[str, str]) -> nbformat.NotebookNode:
                 raise
             raise KeyboardInterrupt from None
     return _normalized(notebook)
+
+
+def cells_passed_over(path: Path, missing: Collection[str]) -> dict[int, str]:
+    """Return the cells of a notebook that cannot run here, see `needs.unavailable`; none of what is no notebook."""
+    try:
+        return unavailable(nbformat.read(path, as_version=4).cells, list(missing))
+    except (ValueError, KeyError, AttributeError, nbformat.reader.NotJSONError):
+        return {}
 
 
 def _first_line(error: object) -> str:
@@ -184,6 +210,12 @@ def main(arguments: list[str] | None = None) -> int:
             paths = paths[paths.index(chosen(paths, options.start)[0]) :]
     except ValueError as error:
         parser.error(str(error))
+    # Cells that cannot run here are passed over, but what is stored must be whole.
+    missing = missing_tags()
+    passed_over = {path: list(cells_passed_over(path, missing).values()) for path in paths}
+    if options.write and (incomplete := [path for path in paths if passed_over[path]]):
+        tag = passed_over[incomplete[0]][0]
+        parser.error(f"{label_of(incomplete[0])} cannot be rewritten without {tag}: {missing[tag]}")
     # What is stored comes from the settings of a checked run; elsewhere the user's own settings win.
     environment = checked_run.environment() | (checked_run.CHECKED_RUN if options.write else {})
     rows, failures, started = [], {}, time.monotonic()
@@ -210,6 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print_results(rows)
     print(f"\n{position - len(failures)} notebooks ran in {time.monotonic() - started:.0f} s.")
+    counts = Counter(tag for path in paths[:position] for tag in passed_over[path])
+    for line in report(counts, missing):
+        print(line)
     if failures:
         print(f"{len(failures)} failed:")
         print("\n".join(f"  {label}: {reason}" for label, reason in failures.items()))
