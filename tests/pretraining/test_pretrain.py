@@ -122,7 +122,7 @@ def child(given: list[str], environment: dict[str, str], stage: tuple[str, int] 
 def server():
     os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ch05_pretraining.pretrain"])
+    context.set_forkserver_preload(["ch05_pretraining.pretrain", "shared.pretraining.run"])
     return context
 
 
@@ -427,7 +427,9 @@ def test_text_files_with_a_tokenizer_file_and_windows(folder, capsys):
     run.advance()
     [row] = rows_of(out / "evaluation.csv")
     assert row["loss_per_document"] == "" and 6 < float(row["loss"]) < 8
-    targets = torch.cat([run.validation_rows.tensors([i])[1][0] for i in range(len(run.validation_rows))])
+    rows = run.validation_rows
+    assert run.held_out.chosen == list(range(len(rows)))
+    targets = torch.cat([rows.tensors([i])[1][0] for i in range(len(rows))])
     n_bytes = len(
         tale_encoding().decode_bytes([t for t in targets.tolist() if t != tale_encoding().eot_token])
     )
@@ -523,7 +525,7 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(folder, finished, mo
         (["--data", "{}/none"], r"none cannot be read: No such file"),
         (["--data", "{}/empty"], r"empty holds no file that fits '\*\.txt'"),
         (["--data", "{}/latin.txt"], r"latin\.txt is not UTF-8 text"),
-        (["--data", "{}/fine.txt"], r"no document is left for validation: see --separator"),
+        (["--data", "{}/fine.txt"], "context_length is 256, but the longest shard of .* only 6 tokens"),
         (
             ["--data", "{}/fine.txt", "--tokenizer", "words"],
             "tokenizer is 'words'; allowed: tales, gpt2, a path",
@@ -609,7 +611,7 @@ def test_options_come_from_defaults_recipe_and_command_line(tmp_path):
         Options(out="x")
     with pytest.raises(ValueError, match="tokenizer is 'gpt2'; tales have their own"):
         Options(out="x", data=["tales"], tokenizer="gpt2")
-    with pytest.raises(ValueError, match="rows is 'lines'; allowed: documents, windows"):
+    with pytest.raises(ValueError, match="rows is 'lines'; allowed: auto, windows, documents"):
         Options(out="x", data=["tales"], rows="lines")
     with pytest.raises(ValueError, match="exact_targets needs data=tales and rows=documents"):
         Options(out="x", data=["book.txt"], exact_targets=True)

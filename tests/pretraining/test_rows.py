@@ -97,5 +97,7 @@ def test_bad_input(shards, tmp_path):
         DocumentRows(shards, 16, 4, END, pool=0)
     with pytest.raises(ValueError, match=r"a\.npy does not end with the end token 98"):
         DocumentRows(shards, 16, 4, 98)
-    with pytest.raises(ValueError, match="no shard holds more than context_length=5000"):
+    with pytest.raises(
+        ValueError, match="context_length is 5000, but the longest shard of the text has only 400 tokens"
+    ):
         WindowRows(shards, 5000, 1)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from shared.pretraining import shards as text_shards
 from shared.pretraining import stretches
-from shared.pretraining.shards import find_text_files, load_encoding, tokenize, tokenize_tales
+from shared.pretraining.files import find_text_files
+from shared.pretraining.shards import load_encoding, tokenize, tokenize_tales
 from shared.tales.encoding import TALE_TOKENIZER_FILE, tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.text.dataset import open_token_file
