@@ -244,6 +244,7 @@ class _OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors: the usual ones print the whole usage first and end the program."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError with the message of the wrong argument."""
         raise ValueError(f"{message}; --help names all options")
 
 

@@ -126,7 +126,7 @@ class WindowRows:
         lost = {
             f"in {counted(len(self.skipped), 'shard')} shorter than a window": short,
             "at the ends of shards": lengths.sum() - short - targets,
-            f"in {counted(left_over, 'window')} that fill no batch (others in each epoch)": last,
+            f"in {counted(left_over, 'window')} of an unfilled batch (others in each epoch)": last,
         }
         return _usage(
             f"{counted(len(self), 'window')} of {self.context_length:,} tokens", lengths.sum(), lost
@@ -207,7 +207,7 @@ class DocumentRows:
         last = round(left_over * (tokens - cut.sum()) / len(self))  # of documents of mean length
         lost = {
             f"behind the first {self.context_length:,} tokens of {counted(n_cut, 'document')}": cut.sum(),
-            f"in {counted(left_over, 'document')} that fill no batch (others in each epoch)": last,
+            f"in {counted(left_over, 'document')} of an unfilled batch (others in each epoch)": last,
         }
         return _usage(counted(len(self), "document"), tokens, lost)
 

@@ -329,17 +329,17 @@ def _decode(piece: bytes, path: str) -> str:
 
 
 def _encode(encoding: tiktoken.Encoding, text: str, path: str) -> list[int]:
-    """Return the token ids of a text; ValueError that names the file if tiktoken fails.
+    """Return the token ids of a text; ValueError that names the file if the tokenizer fails.
 
-    tiktoken panics on a million white spaces in a row, for one. A Rust panic is no Exception, and cannot be sent from
-    one process to another.
+    tiktoken may panic, as on a million white spaces in a row. A Rust panic is no Exception, and cannot be sent from one
+    process to another.
     """
     try:
         return encoding.encode_ordinary(text)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
             raise
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
     raise ValueError(
         f"{path} cannot be tokenized: tiktoken fails on a piece of {len(text):,} characters ({reason}); is there a "
         "very long run of one character, such as spaces?"
