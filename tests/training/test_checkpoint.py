@@ -106,12 +106,14 @@ def same(a: object, b: object) -> bool:
         return type(b) is dict and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and (a == b or a != a and b != b)
+    return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
 MAKERS = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, betas=(0.9, 0.95)),
-    "a learning rate that is a tensor": lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(0.1)),
+    "a learning rate that is a tensor": lambda parameters: torch.optim.AdamW(
+        parameters, lr=torch.tensor(0.1)
+    ),
     "numbers in the state": lambda parameters: torch.optim.ASGD(parameters),
     "tuples with None in them": lambda parameters: torch.optim.Adafactor(parameters),
     "lists of tensors": lambda parameters: torch.optim.LBFGS(parameters, max_iter=3),
