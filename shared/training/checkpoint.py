@@ -30,14 +30,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from shared.weights.names import unwrap, unwrapped_name
+
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and saved buffers by name, each tensor once: a tied output head is left out."""
+    """Return the parameters and saved buffers by name, each tensor once: a tied output head is left out.
+
+    The names are those of the model itself, however it is wrapped.
+    """
     kept, seen = {}, set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            kept[name] = tensor.detach()
+            kept[unwrapped_name(name)] = tensor.detach()
     return kept
 
 

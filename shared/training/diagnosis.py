@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from shared.training.batches import IGNORE, Batch
 from shared.training.losses import next_token_loss
+from shared.weights.names import unwrap, unwrapped_name
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def gradient_norms(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[st
 
     The `.grad` of the parameters stays as it is.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = unwrap(model).named_parameters()
+    named = [(unwrapped_name(name), p) for name, p in parameters if p.requires_grad]
     loss = next_token_loss(model(inputs), targets)
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     squares: dict[str, float] = defaultdict(float)
@@ -118,7 +120,8 @@ def update_ratios(model: nn.Module, step: Callable[[], object]) -> dict[str, flo
     Sizes are root mean squares, the matrix's own taken before the step. A matrix of zeros gives infinity, or NaN
     where nothing changed.
     """
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1 and p.requires_grad}
+    parameters = unwrap(model).named_parameters()
+    matrices = {unwrapped_name(name): p for name, p in parameters if p.dim() > 1 and p.requires_grad}
     before = {name: p.detach().clone() for name, p in matrices.items()}
     step()
     return {

@@ -164,6 +164,15 @@ def test_gradient_norms_add_up_to_torchs_norm_and_leave_grad_alone(tied):
     assert norms["blocks.1"] == pytest.approx(block, rel=1e-5)
 
 
+def test_parts_of_a_compiled_model_have_its_own_names():
+    model = tiny_model()
+    compiled = torch.compile(model, backend="eager")
+    batch = as_batches(random_rows(4))[0]
+    assert gradient_norms(compiled, *batch) == pytest.approx(gradient_norms(model, *batch), rel=1e-5)
+    ratios = update_ratios(compiled, lambda: None)
+    assert ratios == update_ratios(model, lambda: None) and "blocks.0.attention.qkv.weight" in ratios
+
+
 def test_frozen_and_unused_parameters_have_no_gradient_to_report():
     model = tiny_model()
     model.requires_grad_(False)
