@@ -150,10 +150,8 @@ def remove_boilerplate(documents: Sequence[str], minimum_share: float = 0.3, edg
 
 
 def _checked(documents: Iterable[str]) -> list[str]:
-    """Return the documents as a list, as an iterator can be read only once; TypeError if they are no texts."""
     check_several("documents", documents)
-    documents = list(documents)
-    for number, document in enumerate(documents):
+    for number, document in enumerate(documents := list(documents)):  # an iterator is read only once
         check_text(f"documents[{number}]", document)
     return documents
 
@@ -245,9 +243,8 @@ def deduplicate(documents: Sequence[str], threshold: float = 0.8) -> list[int]:
     """Return the numbers of the documents to keep: each that is no near-duplicate of one kept before it."""
     documents = _checked(documents)
     dropped: set[int] = set()
-    for i, j, _ in near_duplicates(
-        documents, threshold
-    ):  # in the order of i, so whether i is kept is settled
+    # In the order of i, so whether i is kept is settled.
+    for i, j, _ in near_duplicates(documents, threshold):
         if i not in dropped:
             dropped.add(j)
     return [number for number in range(len(documents)) if number not in dropped]
