@@ -383,7 +383,7 @@ def test_the_module_is_short():
 
 def test_documents_may_come_from_an_iterator():
     page = "Page {}\nthe keeper lit the lamp and went up the stairs {}\nthe end"
-    documents = [page.format(i, i % 3) for i in range(6)]
+    documents = [page.format(i, i) for i in (0, 1, 2, 3, 4, 0)]
     for function in (remove_boilerplate, near_duplicates, deduplicate):
         assert function(iter(documents)) == function(documents) != []
     # Runs of five words of the first two pages, among all of them.
