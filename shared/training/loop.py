@@ -110,7 +110,7 @@ def train(
     # What is trained, and where its batches come from.
     optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
     _check_training(optimizers, n_steps, start_step, max_grad_norm, accumulation, autocast, evaluate_every)
-    _check_parameters(optimizers, model)
+    check_parameters(optimizers, model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     source, n_tokens, seconds = on_device(_lasting(batches), model), 0, 0.0
@@ -206,7 +206,8 @@ def _lasting(batches: Iterable) -> Iterator:
             raise ValueError("batches ended before the last step")
 
 
-def _check_parameters(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+def check_parameters(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+    """Refuse an optimizer that holds no parameter of `model` (ValueError): it would update something else."""
     own = set(model.parameters())
     for i, optimizer in enumerate(optimizers):
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
