@@ -134,7 +134,7 @@ def remove_boilerplate(documents: Sequence[str], minimum_share: float = 0.3, edg
     Many means three, and at least `minimum_share` of the documents; digits count as equal ("Page 7"). An edge is
     the first and the last `edge` non-empty lines. Raises ValueError for a share not in (0, 1] or an edge below 1.
     """
-    _check_documents(documents)
+    documents = _checked(documents)
     _check_share("minimum_share", minimum_share)
     check_sizes(edge=edge)
     counts: Counter[str] = Counter()
@@ -149,10 +149,11 @@ def remove_boilerplate(documents: Sequence[str], minimum_share: float = 0.3, edg
     return ["\n".join(lines).strip("\n") for lines in kept]
 
 
-def _check_documents(documents: Iterable[str]) -> None:
+def _checked(documents: Iterable[str]) -> list[str]:
     check_several("documents", documents)
-    for number, document in enumerate(documents):
+    for number, document in enumerate(documents := list(documents)):  # an iterator is read only once
         check_text(f"documents[{number}]", document)
+    return documents
 
 
 def _check_share(name: str, share: float) -> None:
@@ -225,7 +226,7 @@ def near_duplicates(documents: Sequence[str], threshold: float = 0.8) -> list[tu
     missed in at most 1 of 100 cases, a more similar one less often; below a threshold of 0.04 more are missed.
     Raises ValueError for a threshold not in (0, 1], TypeError for documents that are no strings.
     """
-    _check_documents(documents)
+    documents = _checked(documents)
     _check_share("threshold", threshold)
     sets = [shingles(document) for document in documents]
     buckets = defaultdict(list)
@@ -240,10 +241,10 @@ def near_duplicates(documents: Sequence[str], threshold: float = 0.8) -> list[tu
 
 def deduplicate(documents: Sequence[str], threshold: float = 0.8) -> list[int]:
     """Return the numbers of the documents to keep: each that is no near-duplicate of one kept before it."""
+    documents = _checked(documents)
     dropped: set[int] = set()
-    for i, j, _ in near_duplicates(
-        documents, threshold
-    ):  # in the order of i, so whether i is kept is settled
+    # In the order of i, so whether i is kept is settled.
+    for i, j, _ in near_duplicates(documents, threshold):
         if i not in dropped:
             dropped.add(j)
     return [number for number in range(len(documents)) if number not in dropped]
@@ -290,8 +291,7 @@ def contaminated(test_documents: list[str], training_documents: list[str], n: in
     Case and punctuation are ignored, as for GPT-3 (Brown and others, 2020, appendix C). A document of fewer than
     `n` words cannot be judged: its share is nan. Raises ValueError for `n` below 1, TypeError for no strings.
     """
-    _check_documents(test_documents)
-    _check_documents(training_documents)
+    test_documents, training_documents = _checked(test_documents), _checked(training_documents)
     runs = [{run for run in shingles(text, n) if run.count(" ") == n - 1} for text in test_documents]
     wanted, found = set().union(*runs), set()
     for document in training_documents:

@@ -24,7 +24,7 @@ from shared.model.gpt import GPTModel
 from shared.text.tokenizer import BYTE_TO_UNICODE, BPETokenizer
 from shared.weights.configs import config_to_hf
 from shared.weights.files import write_folder
-from shared.weights.names import huggingface_views
+from shared.weights.names import huggingface_views, unwrap
 
 
 def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
@@ -79,7 +79,7 @@ def export_to_hugging_face(
     """Write a folder that transformers' `AutoModelForCausalLM` and, with an encoding, `AutoTokenizer` load.
 
     Args:
-        model: Of a configuration that has a counterpart, see `family_of`.
+        model: Of a configuration that has a counterpart, see `family_of`. It may be wrapped, see `unwrap`.
         folder: It must not exist, or be empty; it appears when it is complete.
         encoding: The model's tokenizer, with the token "<|endoftext|>", which becomes the one that ends a text.
 
@@ -87,6 +87,7 @@ def export_to_hugging_face(
         ValueError: The configuration has no counterpart, or the encoding has more tokens than the model.
         FileExistsError: The folder holds something.
     """
+    model = unwrap(model)
     values = config_to_hf(model.config)
     files, end = {}, None
     # The tokenizer in two files: what it does, and how transformers wraps it.

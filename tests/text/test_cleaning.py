@@ -379,3 +379,14 @@ def test_bad_input_is_refused_by_name(call, error, words):
 def test_the_module_is_short():
     with open(cleaning.__file__, encoding="utf-8") as file:
         assert len(file.readlines()) < 300
+
+
+def test_documents_may_come_from_an_iterator():
+    page = "Page {}\nthe keeper lit the lamp and went up the stairs {}\nthe end"
+    documents = [page.format(i, i) for i in (0, 1, 2, 3, 4, 0)]
+    for function in (remove_boilerplate, near_duplicates, deduplicate):
+        assert function(iter(documents)) == function(documents) != []
+    # Runs of five words of the first two pages, among all of them.
+    assert contaminated(iter(documents[:2]), iter(documents), n=5) == contaminated(
+        documents[:2], documents, n=5
+    )

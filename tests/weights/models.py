@@ -1,9 +1,16 @@
 """Small models of transformers and of ours that the tests of this room share."""
 
+import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -132,6 +139,36 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    """The same model with each block compiled by itself and one kept in memory as its input alone."""
+    model = copy.copy(model)
+    model._modules = dict(model._modules)
+    model.blocks = nn.ModuleList(torch.compile(block) for block in model.blocks)
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    return model
+
+
+# What a training run puts around a model; nothing is compiled before the first call. DDP needs a process group.
+WRAPPED = {
+    "compiled": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "DDP": lambda model: DistributedDataParallel(model),
+    "compiled DDP": lambda model: torch.compile(DistributedDataParallel(torch.compile(model))),
+    "average": AveragedModel,
+    "compiled blocks": compiled_blocks,
+}
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def same_parameters(one: GPTModel, other: GPTModel) -> bool:

@@ -30,7 +30,16 @@ from shared.weights.huggingface import export_to_hugging_face
 from shared.weights.names import huggingface_views
 from shared.weights.pretrained import load_pretrained
 from tests.model.test_gpt import VARIANTS as MODELS
-from tests.weights.models import build, config_of, logits, random_ids, same_parameters, theirs
+from tests.weights.models import (
+    WRAPPED,
+    build,
+    config_of,
+    logits,
+    process_group,
+    random_ids,
+    same_parameters,
+    theirs,
+)
 
 # --- files as others write them
 
@@ -370,3 +379,27 @@ def test_a_killed_process_leaves_the_earlier_folder_whole(stage, tmp_path):
     # The next one is not disturbed.
     save_checkpoint_folder(models["second"], tmp_path / "first", note="second", replace=True)
     assert state_of(tmp_path / "first", models) == "second"
+
+
+# --- wrappers
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with process_group():
+        yield
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_model_is_saved_and_exported_under_its_own_names(kind, alone, tmp_path):
+    model = build()
+    wrapped = WRAPPED[kind](model)
+    save_checkpoint_folder(wrapped, tmp_path / "ours")
+    export_to_hugging_face(wrapped, tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert same_parameters(load_pretrained(tmp_path / folder), model)
+    # A state that was gathered elsewhere may have the wrapper's names too.
+    state = {name: parameter.detach() + 1 for name, parameter in wrapped.named_parameters()}
+    save_checkpoint_folder(wrapped, tmp_path / "gathered", state=state)
+    found = load_pretrained(tmp_path / "gathered")
+    assert all(torch.equal(a, b + 1) for a, b in zip(found.parameters(), model.parameters(), strict=True))
