@@ -13,7 +13,7 @@ Explained and proven in ch04_gpt/02_gpt.ipynb; written from there by `make promo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -166,13 +166,13 @@ def build_norm_of(config: GPTConfig) -> nn.Module:
 def build_rotary(config: GPTConfig) -> RotaryPositions:
     """Return the rotation of queries and keys as the configuration says."""
     head_dim, length = config.actual_head_dim, config.rope_original_length or config.context_length
-    with torch.device("cpu"):  # computed, not loaded: the table must be real even in a model built on "meta"
+    with torch.device("cpu"):  # computed, not loaded: they must be real even in a model built on "meta"
         frequencies, factor = scaled_rotary_frequencies(
             config.rope_scaling, head_dim, config.rope_base, config.rope_factor, length
         )
-        return RotaryPositions(
-            head_dim, config.context_length, inverse_frequencies=frequencies, attention_factor=factor
-        )
+    return RotaryPositions(
+        head_dim, config.context_length, inverse_frequencies=frequencies, attention_factor=factor
+    )
 
 
 def build_block(config: GPTConfig, rotary: nn.Module | None = None) -> TransformerBlock:
@@ -217,6 +217,8 @@ class GPTModel(nn.Module):
         self.output_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False, device=device)
         if config.tie_weights:
             self.output_head.weight = self.token_embedding.weight
+        self.register_load_state_dict_pre_hook(_remember_tie)
+        self.register_load_state_dict_post_hook(_restore_tie)
         self.initialize()
 
     @torch.no_grad()
@@ -276,7 +278,7 @@ class GPTModel(nn.Module):
                 raise ValueError(f"tokens must be at most context_length={limit} with the cached, got {end}")
             positions = torch.arange(start, end, device=x.device)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(positions).to(x.dtype)  # computed ones are float32
         x = self.dropout(x)
         for block, cache in zip(self.blocks, caches or [None] * n_layers, strict=True):
             x = block(x, positions=positions, key_padding_mask=key_padding_mask, cache=cache)
@@ -305,3 +307,21 @@ class GPTModel(nn.Module):
     def n_parameters(self) -> int:
         """Number of trained numbers; a tied output head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPTModel":
+        """Cast or move all parts; a tied head stays tied, of which `to_empty` would make two matrices."""
+        _remember_tie(self)
+        super()._apply(fn, recurse)
+        _restore_tie(self)
+        return self
+
+
+def _remember_tie(model: GPTModel, *_: object) -> None:
+    """Note, before the weights are replaced, whether the head is tied; it may be a layer that has no weight."""
+    model._is_tied = getattr(model.output_head, "weight", None) is model.token_embedding.weight
+
+
+def _restore_tie(model: GPTModel, *_: object) -> None:
+    """Tie the head as it was before `_remember_tie`."""
+    if model._is_tied:
+        model.output_head.weight = model.token_embedding.weight

@@ -365,4 +365,5 @@ class Transformer(nn.Module):
         except IndexError:
             low, high, last = int(ids.min()), int(ids.max()), embedding.num_embeddings - 1
             raise ValueError(f"{name} must be ids from 0 to {last}, got {low} to {high}") from None
-        return self.dropout(vectors + self.positions(torch.arange(start, end, device=ids.device)))
+        positions = self.positions(torch.arange(start, end, device=ids.device))
+        return self.dropout(vectors + positions.to(vectors.dtype))

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import io
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from shared.generation.decode_step import decode_step
 from shared.model.attention import KeyValueCache
 from shared.model.gpt import (
     ADDED_POSITIONS,
@@ -369,29 +372,126 @@ def test_every_parameter_gets_a_gradient(model):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_a_model_can_be_copied_saved_and_built_without_memory(model):
-    ids = random_ids()
-    expected = model(ids)
-    close(copy.deepcopy(model)(ids), expected)
+def is_tied(model: GPTModel) -> bool:
+    return model.output_head.weight is model.token_embedding.weight
+
+
+def on_meta(config: GPTConfig) -> GPTModel:
     with torch.device("meta"):
-        empty = GPTModel(model.config).eval()
-    assert empty.n_parameters == model.n_parameters
-    if (
-        model.config.positions != "sinusoidal"
-    ):  # the added table is computed by its module, on the device it is built on
-        empty.load_state_dict(model.state_dict(), assign=True)
-        close(empty(ids), expected)
-    other = build(seed=1, **dataclasses.asdict(model.config))
-    other.load_state_dict(model.state_dict())
-    close(other(ids), expected)
+        return GPTModel(config).eval()
+
+
+def refilled(model: GPTModel, state: dict[str, torch.Tensor], **options: bool) -> GPTModel:
+    model.load_state_dict(state, **options)
+    return model
+
+
+def stored_and_read(model: GPTModel) -> GPTModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+# What people do with models: each takes a model and a copy of its weights, and returns one that must be its equal.
+MOVES = {
+    "rounded and refilled": lambda model, state: refilled(model.bfloat16().float(), state),
+    "halved, doubled, refilled": lambda model, state: refilled(model.half().double().float(), state),
+    "emptied": lambda model, state: refilled(model.to_empty(device="cpu"), state),
+    "built on meta, emptied": lambda model, state: refilled(
+        on_meta(model.config).to_empty(device="cpu"), state
+    ),
+    "moved to meta and back": lambda model, state: refilled(model.to("meta").to_empty(device="cpu"), state),
+    "built on meta, weights assigned": lambda model, state: refilled(
+        on_meta(model.config), state, assign=True
+    ),
+    "weights assigned": lambda model, state: refilled(model, state, assign=True),
+    "assigned inside another module": lambda model, state: refilled(
+        nn.Sequential(on_meta(model.config)), {f"0.{name}": state[name] for name in state}, assign=True
+    )[0],
+    "deep copy": lambda model, state: copy.deepcopy(model),
+    "deep copy, emptied": lambda model, state: refilled(copy.deepcopy(model).to_empty(device="cpu"), state),
+    "deep copy, weights assigned": lambda model, state: refilled(copy.deepcopy(model), state, assign=True),
+    "pickle": lambda model, state: pickle.loads(pickle.dumps(model)),
+    "pickle, weights assigned": lambda model, state: refilled(
+        pickle.loads(pickle.dumps(model)), state, assign=True
+    ),
+    "torch.save": lambda model, state: stored_and_read(model),
+    "new first weights": lambda model, state: refilled(build(1, **dataclasses.asdict(model.config)), state),
+    "shared memory": lambda model, state: model.share_memory(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+@torch.no_grad()
+def test_a_model_survives_being_moved(model, move):
+    ids, expected = random_ids(), model(random_ids())
+    moved = move(model, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert torch.equal(moved(ids), expected)
+    assert is_tied(moved) == model.config.tie_weights
+    assert moved.n_parameters == model.n_parameters
+    # The fast step of decoding and another copy find everything in its place too.
+    assert torch.equal(copy.deepcopy(moved)(ids), expected)
+    close(decode_step(moved)(ids, None, None, moved.new_caches()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("how", ["cast", "assigned"])
+@torch.no_grad()
+def test_a_model_computes_in_every_type_with_tables_that_are_not_rounded(model, dtype, how):
+    ids, expected = random_ids(), model(random_ids())
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    moved = model.to(dtype) if how == "cast" else refilled(on_meta(model.config), state, assign=True)
+    assert {name: table.dtype for name, table in moved.named_buffers() if table.dtype != torch.float32} == {}
+    logits = moved(ids)
+    assert logits.dtype == dtype
+    if model.config.feed_forward != "moe":  # a router that rounds another way picks another expert
+        torch.testing.assert_close(logits.float(), expected, atol=0.3, rtol=0.05)
+    close(decode_step(moved)(ids, None, None, moved.new_caches()), logits, 0.1)
+
+
+def test_an_untied_head_and_a_head_of_another_kind_stay_what_they_are():
+    model = build(tie_weights=False)
+    state = model.state_dict()
+    for moved in (refilled(on_meta(model.config), state, assign=True), model.to_empty(device="cpu")):
+        assert moved.output_head.weight is not moved.token_embedding.weight
+    # Somebody gives a tied model a head of its own, or one that is no matrix.
+    model = build()
+    model.output_head.weight = nn.Parameter(torch.zeros_like(model.token_embedding.weight))
+    refilled(model.double(), model.state_dict(), assign=True)
+    assert model.output_head.weight is not model.token_embedding.weight
+    model.output_head = nn.Identity()
+    assert not list(model.float().output_head.parameters())
+
+
+@torch.no_grad()
+def test_wrappers_compute_what_the_model_computes(model, tmp_path):
+    ids, expected = random_ids(), model(random_ids())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert torch.equal(wrapped(ids), expected)
+        wrapped.load_state_dict(wrapped.state_dict(), assign=True)
+        assert torch.equal(wrapped(ids), expected)
+        assert is_tied(model) == model.config.tie_weights
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_model_compiles_to_one_graph(model):
     if model.config.feed_forward == "moe":
         pytest.skip("the number of tokens of an expert depends on the data")
-    ids = random_ids()
+    ids, expected = random_ids(), model(random_ids())
     torch._dynamo.reset()
-    close(torch.compile(model, fullgraph=True, backend="eager")(ids), model(ids))
+    close(torch.compile(model, fullgraph=True, backend="eager")(ids), expected)
+    # The first call may come after the weights: nothing is left to be moved in the graph.
+    torch._dynamo.reset()
+    assigned = refilled(on_meta(model.config), model.state_dict(), assign=True)
+    compiled = torch.compile(assigned, fullgraph=True, backend="aot_eager")
+    close(compiled(ids), expected)
+    compiled.load_state_dict(compiled.state_dict(), assign=True)
+    assert is_tied(assigned) == model.config.tie_weights
+    close(compiled(ids), expected)
 
 
 # --- weights
