@@ -227,8 +227,13 @@ def test_a_decoder_with_key_value_caches_equals_one_pass():
     decoder, given_ = Decoder(CONFIG, 2), inputs()
     memory, real, x = given_["source"], given_["source_real"], given_["target"]
     caches = [(KeyValueCache(TARGET), KeyValueCache(SOURCE)) for _ in range(2)]
-    steps = [decoder(part, memory, caches=caches, memory_padding_mask=real) for part in x.split(2, dim=1)]
+    first, *others = x.split(2, dim=1)
+    steps = [decoder(first, memory, caches=caches, memory_padding_mask=real)]
+    steps += [decoder(part, None, caches=caches, memory_padding_mask=real) for part in others]
     close(torch.cat(steps, dim=1), decoder(x, memory, memory_padding_mask=real))
+    # Another memory of the same size would be passed over without a word.
+    with pytest.raises(ValueError, match="context must be None"):
+        decoder(first[:, :1], memory + 1, caches=[(KeyValueCache(1), cross) for _, cross in caches])
 
 
 @torch.no_grad()
