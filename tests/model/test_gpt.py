@@ -16,6 +16,8 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    HeliumConfig,
+    HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -24,6 +26,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from shared.generation.decode_step import decode_step
@@ -38,6 +42,7 @@ from shared.model.gpt import (
     build_rotary,
 )
 from shared.model.layers import LayerNorm, RMSNorm, balance_loss
+from shared.weights.names import huggingface_views
 from tests.configurations import LLAMA
 
 SMALL = {"vocab_size": 50, "context_length": 16, "emb_dim": 24, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
@@ -60,6 +65,8 @@ VARIANTS = {
     "no positions": {"positions": "none"},
     "untied, no bias": {"tie_weights": False, "bias": False, "qkv_bias": False},
     "yarn": {**LLAMA, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 4},
+    "helium": {**LLAMA, "rope_interleaved": True, "n_kv_heads": 2},
+    "exact gelu": {"activation": "gelu"},
 }
 
 
@@ -281,6 +288,87 @@ def test_the_mistral_variant_with_its_window_equals_mistral():
         tie_word_embeddings=True,
     )
     llama_like(build(**LLAMA, **options), MistralForCausalLM(theirs))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("gelu", "gelu"), ("gelu_tanh", "gelu_new"), ("relu", "relu")])
+def test_activations_are_those_of_transformers(ours, theirs):
+    torch.manual_seed(0)
+    reference = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=50,
+            n_positions=16,
+            n_embd=24,
+            n_layer=2,
+            n_head=4,
+            activation_function=theirs,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    reference, model = reference.double(), build(activation=ours).double()  # both forms of GELU are close
+    views = huggingface_views(model, "gpt2")
+    for name, parameter in reference.named_parameters():
+        parameter.data.copy_(views[name])
+    ids = random_ids(2, 16)
+    expected = reference(ids).logits
+    close(model(ids), expected, 1e-9)
+    for other in {"gelu", "gelu_tanh", "relu"} - {ours}:
+        changed = GPTModel(dataclasses.replace(model.config, activation=other)).double().eval()
+        changed.load_state_dict(model.state_dict())
+        assert (changed(ids) - expected).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "rope", [{}, {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 4}]
+)
+def test_the_interleaved_variant_equals_helium(rope):
+    parameters = {**ROPE}
+    if rope:
+        parameters |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
+    theirs = HeliumConfig(
+        **COMMON,
+        rope_parameters=parameters,
+        intermediate_size=40,
+        num_key_value_heads=2,
+        head_dim=6,
+        tie_word_embeddings=True,
+    )
+    options = {"rope_interleaved": True, "n_kv_heads": 2, "feed_forward_dim": 40, **rope}
+    llama_like(build(**LLAMA, **options), HeliumForCausalLM(theirs))
+
+
+def test_yarns_attention_factor_is_transformers():
+    parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
+    theirs = LlamaConfig(
+        **COMMON,
+        rope_parameters={"rope_theta": 500.0, **parameters, "attention_factor": 1.7},
+        intermediate_size=40,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    options = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 4, "rope_base": 500.0}
+    factor = {"rope_attention_factor": 1.7}
+    llama_like(build(**LLAMA, **options, **factor, feed_forward_dim=40), LlamaForCausalLM(theirs))
+    assert build(**LLAMA, **options, **factor).blocks[0].attention.rotary.table.abs().max() == pytest.approx(
+        1.7
+    )
+
+
+def test_the_qwen3_mixture_equals_qwen3_moe():
+    theirs = Qwen3MoeConfig(
+        **COMMON,
+        rope_parameters=ROPE,
+        moe_intermediate_size=16,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        head_dim=10,
+        tie_word_embeddings=True,
+    )
+    theirs._experts_implementation = "eager"
+    options = {"feed_forward": "moe", "feed_forward_dim": 16, "n_experts": 4, "qk_norm": True}
+    llama_like(build(**{**LLAMA, **options}, n_kv_heads=2, head_dim=10), Qwen3MoeForCausalLM(theirs))
 
 
 def test_the_mixtral_variant_equals_mixtral():
@@ -616,6 +704,7 @@ def test_balance_loss_reaches_the_routers_of_all_blocks():
         ({"rope_factor": 0.5}, "rope_factor"),
         ({"norm": "batchnorm"}, "norm must be one of layernorm, rmsnorm, got 'batchnorm'"),
         ({"feed_forward": "relu"}, "feed_forward must be one of gelu, swiglu, moe, got 'relu'"),
+        ({"activation": "tanh"}, "activation must be one of gelu, gelu_tanh, relu, silu, got 'tanh'"),
         ({"positions": "alibi"}, "positions must be one of learned, sinusoidal, rotary, none"),
         ({"rope_scaling": "dynamic"}, "rope_scaling must be one of"),
         ({"emb_dim": 25}, "emb_dim must be a multiple of n_heads=4 unless head_dim is given, got 25"),
@@ -624,6 +713,20 @@ def test_balance_loss_reaches_the_routers_of_all_blocks():
         ({"n_experts": 2, "n_active_experts": 3}, "n_active_experts must be at most n_experts=2, got 3"),
         ({"positions": "rotary", "head_dim": 5}, "head_dim must be even for rotary positions, got 5"),
         ({"positions": "sinusoidal", "emb_dim": 25, "n_heads": 5}, "emb_dim must be even"),
+        # What nothing would read.
+        ({"rope_scaling": "yarn"}, "rope_scaling must be 'none' unless positions is rotary, got 'yarn'"),
+        ({"rope_base": 500.0}, "rope_base must be 10000.0 unless positions is rotary, got 500.0"),
+        ({"positions": "none", "rope_interleaved": True}, "rope_interleaved must be False unless positions"),
+        ({**LLAMA, "rope_factor": 4.0}, "rope_factor must be 1.0 unless rope_scaling is linear or ntk or"),
+        ({**LLAMA, "rope_original_length": 8}, "rope_original_length must be None unless rope_scaling"),
+        (
+            {**LLAMA, "rope_scaling": "linear", "rope_factor": 2.0, "rope_attention_factor": 1.1},
+            "rope_attention_factor must be None unless rope_scaling is yarn, got 1.1",
+        ),
+        ({"n_experts": 4}, "n_experts must be 8 unless feed_forward is moe, got 4"),
+        ({"n_active_experts": 1}, "n_active_experts must be 2 unless feed_forward is moe"),
+        ({**LLAMA, "activation": "gelu"}, "activation must be 'gelu_tanh' unless feed_forward is gelu"),
+        ({**LLAMA, "rope_scaling": "yarn", "rope_attention_factor": math.nan}, "rope_attention_factor"),
     ],
 )
 def test_a_configuration_refuses_values(options, message):
@@ -671,8 +774,10 @@ WRONG = {
     "feed_forward": "glu",
     "positions": "rope",
     "rope_base": math.inf,
+    "activation": "tanh",
     "rope_scaling": "dynamic",
     "rope_factor": math.nan,
+    "rope_attention_factor": 0.0,
     "init_std": 0.0,
 }
 
