@@ -49,6 +49,12 @@ _EXPERTS = {
     "blocks.{}.feed_forward.experts.{}.down": _LAYER + "block_sparse_moe.experts.{}.w2",
     "blocks.{}.feed_forward.experts.{}.up": _LAYER + "block_sparse_moe.experts.{}.w3",
 }
+_QWEN3_EXPERTS = {
+    "blocks.{}.feed_forward.router": _LAYER + "mlp.gate",
+    "blocks.{}.feed_forward.experts.{}.gate": _LAYER + "mlp.experts.{}.gate_proj",
+    "blocks.{}.feed_forward.experts.{}.up": _LAYER + "mlp.experts.{}.up_proj",
+    "blocks.{}.feed_forward.experts.{}.down": _LAYER + "mlp.experts.{}.down_proj",
+}
 _LAYER_GPT2 = "transformer.h.{}."
 _GPT2: dict[str, str | tuple[str, ...]] = {
     "token_embedding": "transformer.wte",
@@ -69,6 +75,8 @@ FAMILIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "mistral": _LLAMA | _SWIGLU,
     "qwen3": _LLAMA | _SWIGLU | _QK_NORM,
     "mixtral": _LLAMA | _EXPERTS,
+    "qwen3_moe": _LLAMA | _QWEN3_EXPERTS | _QK_NORM,
+    "helium": _LLAMA | _SWIGLU,
 }
 # In transformers' GPT-2 these matrices stand the other way round, rows are inputs (its class Conv1D).
 _TRANSPOSED = re.compile(r"transformer\.h\.\d+\.\w+\.c_\w+\.weight")

@@ -49,7 +49,7 @@ from tests.weights.models import (
     kv_heads=st.sampled_from([1, 2, 4]),
     head_dim=st.sampled_from([None, 2, 10]),
     tied=st.booleans(),
-    family=st.sampled_from(["llama", "qwen3", "mixtral"]),
+    family=st.sampled_from(["llama", "qwen3", "mixtral", "qwen3_moe"]),
 )
 def test_any_shape_goes_through_a_file_and_back(kv_heads, head_dim, tied, family, tmp_path):
     options = {
@@ -58,15 +58,17 @@ def test_any_shape_goes_through_a_file_and_back(kv_heads, head_dim, tied, family
         "bias": False,
         "qkv_bias": False,
         "n_kv_heads": kv_heads,
-        "feed_forward": "moe" if family == "mixtral" else "swiglu",
-        "qk_norm": family == "qwen3",
+        "feed_forward": "moe" if family in ("mixtral", "qwen3_moe") else "swiglu",
+        "qk_norm": family in ("qwen3", "qwen3_moe"),
         "vocab_size": 9,
         "context_length": 4,
         "emb_dim": 16,
         "n_heads": 4,
         "n_layers": 2,
     }
-    config = GPTConfig(**options, head_dim=head_dim, tie_weights=tied, n_experts=3)
+    if "moe" in options.values():
+        options["n_experts"] = 3
+    config = GPTConfig(**options, head_dim=head_dim, tie_weights=tied)
     model, other = GPTModel(config), GPTModel(config)
     views = huggingface_views(model, family)
     assert sum(view.numel() for view in views.values()) == model.n_parameters

@@ -30,6 +30,12 @@ THEIRS = (
     "qwen3, window",
     "mistral",
     "mixtral",
+    "gpt2, gelu",
+    "gpt2, relu",
+    "helium",
+    "helium, yarn",
+    "qwen3_moe",
+    "qwen3_moe, window",
 )
 
 
