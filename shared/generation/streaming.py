@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.checks import require
-from shared.generation.engine import EngineOptions, Processor, stream
+from shared.generation.engine import EngineOptions, Processor, check_ids, stream
 
 
 class Tokenizer(Protocol):
@@ -74,7 +74,8 @@ def stream_text(
     except (KeyError, ValueError):  # there is none
         end = None
     # The prompt as ids, and what ends the text.
-    ids = encode_prompt(encoding, prompt) if isinstance(prompt, str) else list(prompt)
+    ids = _encode(encoding, prompt) if isinstance(prompt, str) else prompt
+    ids = check_ids("prompt", ids, model.config.vocab_size)
     if not ids and end is None:
         raise ValueError(
             "prompt must not be empty: the encoding has no end-of-text token to begin a text with"
@@ -111,7 +112,7 @@ def generate_text(
     return "".join(pieces)
 
 
-def encode_prompt(encoding: Tokenizer, text: str) -> list[int]:
+def _encode(encoding: Tokenizer, text: str) -> list[int]:
     """Return the ids of a text; ValueError if the tokenizer gives up."""
     try:
         return encoding.encode_ordinary(text)
@@ -131,7 +132,8 @@ def forbid_unknown(model: nn.Module, encoding: Tokenizer) -> tuple[Processor, ..
     tokenizer has more tokens than the model.
     """
     size, n_tokens = model.config.vocab_size, encoding.n_vocab
-    require("encoding", encoding, n_tokens <= size, f"of at most the model's {size} tokens, not {n_tokens}")
+    if n_tokens > size:
+        raise ValueError(f"encoding must have at most the model's vocab_size={size} tokens, got {n_tokens}")
     unknown = _unknown_ids(encoding, size)
     if not unknown.any():
         return ()
