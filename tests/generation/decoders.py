@@ -66,7 +66,7 @@ class Told(nn.Module):
         self.config = GPTConfig(vocab_size=len(logits[0]), context_length=context_length)
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def new_caches(self, max_length: int) -> list:
+    def new_caches(self, max_length: int | None = None) -> list:
         return []
 
     def forward(self, tokens: torch.Tensor, **options: object) -> torch.Tensor:

@@ -312,11 +312,18 @@ def test_streams_side_by_side_are_those_alone(name):
     assert model.training
     write = {"temperature": 1.0, "overflow": overflow}
     first, second = generate(model, [[1, 2], [3]], n_new, seed=[4, 9], **write)
-    streams = [stream(model, [1, 2], n_new, seed=4, **write), stream(model, [3], n_new // 2, seed=9, **write)]
-    pairs = list(itertools.zip_longest(*streams))  # the second ends first
-    assert [pair[0] for pair in pairs] == first
-    assert [pair[1] for pair in pairs[: n_new // 2]] == second[: n_new // 2]
-    assert all(module.training for module in model.modules())
+    for lengths in (
+        (n_new, n_new // 2),
+        (n_new // 2, n_new),
+    ):  # the one that was begun later ends first, or last
+        streams = [
+            stream(model, prompt, length, seed=seed, **write)
+            for prompt, length, seed in zip(([1, 2], [3]), lengths, (4, 9), strict=True)
+        ]
+        pairs = zip(*itertools.zip_longest(*streams), strict=True)
+        for written, alone, length in zip(pairs, (first, second), lengths, strict=True):
+            assert list(written[:length]) == alone[:length]
+        assert all(module.training for module in model.modules())
 
 
 def test_a_model_can_be_trained_between_two_tokens():
