@@ -188,7 +188,7 @@ def test_gaps_among_the_ids_are_never_chosen():
 
 def test_a_tokenizer_larger_than_the_model_is_refused_at_the_call():
     for write in (stream_text, generate_text):
-        with pytest.raises(ValueError, match="encoding must have at most .*vocab_size=256 tokens, got 259"):
+        with pytest.raises(ValueError, match=r"encoding must have at most .*vocab_size=256 tokens, got 259"):
             write(build(vocab_size=256), BYTES, "a", 3)
 
 
