@@ -92,7 +92,7 @@ def _keep_mass(logits: Tensor, order: Tensor, mass: float) -> Tensor:
     """Keep tokens in the order of `order`, smallest first, until their probability together reaches `mass`.
 
     Tokens tied in `order` with the last one kept are kept too: how a sort arranges equals makes no difference. The sum
-    is one of float64: in float32 the rounding of 100,000 terms can move the limit by a token.
+    is one of float64: in float32 the rounding of 100,000 terms can move the limit.
     """
     ordered, tokens = order.sort(dim=-1)
     reached = as_float64(logits).softmax(dim=-1).gather(-1, tokens).cumsum(dim=-1)  # (rows, vocab_size)

@@ -27,14 +27,18 @@ class Tokenizer(Protocol):
     """What is needed of a tokenizer here. tiktoken's encodings have it, and our own `BPETokenizer`."""
 
     @property
-    def n_vocab(self) -> int: ...
+    def n_vocab(self) -> int:
+        """One more than the largest id."""
 
     @property
-    def eot_token(self) -> int: ...
+    def eot_token(self) -> int:
+        """The id that ends a text; KeyError or ValueError if there is none."""
 
-    def encode_ordinary(self, text: str) -> list[int]: ...
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are ordinary text."""
 
-    def decode_single_token_bytes(self, token: int) -> bytes: ...
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """Return the bytes of an id; KeyError or ValueError if it has none."""
 
 
 def stream_text(
