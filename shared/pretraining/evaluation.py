@@ -4,8 +4,6 @@ Every process reads its share of the rows, and the sums of all are put together.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import tiktoken
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from shared.pretraining.options import Options
 from shared.pretraining.processes import Processes
 from shared.pretraining.rows import DocumentRows, Usage, WindowRows, counted
-from shared.training.losses import bits_per_byte, next_token_loss
+from shared.training.losses import bits_per_byte, next_token_loss, own_modes
 
 
 def token_byte_lengths(encoding: tiktoken.Encoding, vocab_size: int) -> Tensor:
@@ -23,18 +21,6 @@ def token_byte_lengths(encoding: tiktoken.Encoding, vocab_size: int) -> Tensor:
     for token in encoding.token_byte_values():
         lengths[encoding.encode_single_token(token)] = len(token)
     return torch.tensor(lengths)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch all modules of a model to evaluation, and each back to its own mode at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 class HeldOut:
@@ -83,7 +69,8 @@ class HeldOut:
         """
         # Sums over the rows of this process, on the CPU: not every device has float64.
         sums = torch.zeros(3, dtype=torch.float64)  # nats, targets, bytes
-        with evaluation_mode(model):
+        with own_modes(model):
+            model.eval()
             for start in range(0, len(self.chosen), self.batch_size):
                 part = self.chosen[start : start + self.batch_size]
                 own = part[processes.rank :: processes.world_size]

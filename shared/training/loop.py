@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shared.training.batches import IGNORE, Batch
-from shared.training.losses import evaluating, next_token_loss, on_device, own_modes, precision
+from shared.training.losses import next_token_loss, on_device, own_modes, precision
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def train(
         due = step in (start_step, n_steps) or (evaluate_every and step % evaluate_every == 0)
         if on_evaluate is None or not due:
             return None
-        with evaluating(model):
+        with own_modes(model):
+            model.eval()
             return on_evaluate(step)
 
     with own_modes(model), own_rates(groups if schedule else ()):

@@ -82,14 +82,6 @@ def own_modes(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the whole `model` into evaluation mode, and at the end each of its modules back into its own."""
-    with own_modes(model):
-        model.eval()
-        yield
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """The loss of a model on a text: `loss` in nats per token, `nats` of all tokens together, number of `tokens`."""
@@ -107,7 +99,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype |
     no target.
     """
     nats, n_tokens = 0.0, 0
-    with evaluating(model):
+    with own_modes(model):
+        model.eval()
         for inputs, targets in on_device(batches, model):
             with precision(inputs.device, autocast):
                 losses = next_token_loss(model(inputs), targets, reduction="none")

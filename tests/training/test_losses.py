@@ -15,10 +15,10 @@ from shared.training.losses import (
     bits_per_byte,
     choose_device,
     evaluate,
-    evaluating,
     loss_per_document,
     next_token_loss,
     on_device,
+    own_modes,
     perplexity,
 )
 from tests.training.small import build, random_batch
@@ -136,13 +136,13 @@ def test_each_module_gets_its_own_mode_back_also_after_an_error(ids):
     assert [module.training for module in model.modules()] == before and {*before} == {True, False}
 
 
-def test_evaluating_switches_all_and_undoes_what_happens_inside():
+def test_own_modes_undoes_what_happens_inside():
     model = build(n_layers=2)
     model.final_norm.eval()
     before = [module.training for module in model.modules()]
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
-        model.train()
+    with own_modes(model):
+        model.eval()
+        model.blocks.train()
     assert [module.training for module in model.modules()] == before
 
 
