@@ -1,18 +1,15 @@
 """`shared.text.cleaning`: each step on the case it fixes and the case it must not break, against trusted libraries."""
 
-import html
 import math
 import unicodedata
-from html.entities import html5
 from itertools import combinations
 
-import ftfy
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.data.corpus import load_languages, load_sms, load_stories
+from shared.data.corpus import load_languages, load_stories
 from shared.text import cleaning
 from shared.text.cleaning import (
     DEFAULT_STEPS,
@@ -23,7 +20,6 @@ from shared.text.cleaning import (
     contaminated,
     deduplicate,
     drop_repeated_lines,
-    fix_mojibake,
     jaccard,
     minhash_signature,
     near_duplicates,
@@ -35,7 +31,6 @@ from shared.text.cleaning import (
     remove_control_characters,
     rows_per_band,
     shingles,
-    unescape_html,
 )
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates and control characters too
@@ -46,102 +41,6 @@ STORIES = [story.text for story in load_stories()]
 def misread(text: str) -> str:
     """Return UTF-8 text as a reader of Windows-1252 sees it."""
     return "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in text.encode("utf-8"))
-
-
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_mojibake_of_every_language_is_repaired(times):
-    for text in PROSE:
-        broken = text
-        for _ in range(times):
-            broken = misread(broken)
-        assert fix_mojibake(broken) == text
-
-
-def test_mojibake_read_as_latin1_is_repaired():
-    assert all(fix_mojibake(text.encode("utf-8").decode("latin-1")) == text for text in PROSE)
-
-
-def test_mojibake_agrees_with_ftfy_on_broken_and_unbroken_text():
-    texts = [*PROSE, *STORIES, *(message.text for message in load_sms()), *map(misread, PROSE)]
-    assert [fix_mojibake(text) for text in texts] == [ftfy.fix_encoding(text) for text in texts]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "NÃO, SÃO PAULO, “MAÇÃ”",
-        "MAÇÃ\xa0PODRE",
-        "„Das macht Spaß“",
-        "« allé…»",
-        "É…",
-        "„Ä“",
-        "“Ø”",
-        "MENÜ™",
-        "maçã”…",
-        "crème brûlée",
-        "Ð",
-        "",
-    ],
-)
-def test_genuine_letters_are_no_mojibake(text):
-    assert fix_mojibake(text) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Â", "Â"),
-        ("Â£5", "£5"),
-        ("IÂ\xa0said", "I\xa0said"),
-        ("voilÃ\xa0 Paul", "voilà Paul"),
-        ("Ð’ Ð½", "В н"),
-        ("sÃ»r", "sûr"),
-        ("ÃŽle", "Île"),
-        ("ðŸ˜€", "😀"),
-    ],
-)
-def test_short_mojibake_sequences(text, expected):
-    assert fix_mojibake(text) == expected
-
-
-def test_every_named_reference_agrees_with_the_standard_library():
-    names = [f"&{name}" for name in html5 if name.endswith(";")]
-    numbers = [f"&#{number};" for number in (0, 9, 38, 128, 159, 0xD800, 0x10FFFF, 0x110000)]
-    assert [unescape_html(text) for text in names + numbers] == [html.unescape(t) for t in names + numbers]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "x < y and y > z",
-        "a<b and b>c",
-        "List<String>",
-        "I <3 you",
-        "AT&T",
-        "?a=1&copy=2",
-        "&nothing;",
-        "<>",
-        "< p >",
-    ],
-)
-def test_what_only_looks_like_html_stays(text):
-    assert unescape_html(text) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('<a href="x?a=1" class=b>link</a>', "link"),
-        ("<P>one</P>", "\n\none\n\n"),
-        ("one<br>two<BR />three", "one\ntwo\nthree"),
-        ("<script type='a'>if (a < b) {}</script>text<style>p {}</style>", "text"),
-        ("<!DOCTYPE html><!-- no > text -->yes", "yes"),
-        ("&lt;b&gt;", "<b>"),
-        ("&amp;lt;", "&lt;"),
-    ],
-)
-def test_html_is_removed(text, expected):
-    assert unescape_html(text) == expected
 
 
 def test_newlines_of_every_kind():
