@@ -2,6 +2,7 @@
 
 - `corpus`: the texts that ship with it (stories, messages, reviews, instructions, languages).
 - `connection`: why an address cannot be reached.
+- `encoding`: tiktoken's encodings, made safe for texts from outside.
 - `download`: files and weights from the network, each fetched once and checked.
 """
 

@@ -34,6 +34,7 @@ import tiktoken
 from tqdm.auto import tqdm
 
 from shared.data.connection import DownloadError, diagnosis, first_set
+from shared.data.encoding import SafeEncoding
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ def gpt2_vocab_file() -> Path:
     return fetch("encoder.json")
 
 
-def gpt2_encoding() -> tiktoken.Encoding:
+def gpt2_encoding() -> SafeEncoding:
     """Return tiktoken's own GPT-2 encoding, read from the two files that `fetch` finds. Raises as `fetch`."""
     merges, vocab = gpt2_merges_file(), gpt2_vocab_file()
     if merges.parent != vocab.parent:
@@ -170,7 +171,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
         before = os.environ.get("TIKTOKEN_CACHE_DIR")
         os.environ["TIKTOKEN_CACHE_DIR"] = str(merges.parent)
         try:
-            return tiktoken.get_encoding("gpt2")
+            return SafeEncoding.of(tiktoken.get_encoding("gpt2"))
         finally:
             if before is None:
                 del os.environ["TIKTOKEN_CACHE_DIR"]

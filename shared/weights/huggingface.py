@@ -21,7 +21,8 @@ import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from shared.model.gpt import GPTModel
-from shared.text.tokenizer import BYTE_TO_UNICODE, BPETokenizer
+from shared.text.merges import BYTE_TO_UNICODE
+from shared.text.tokenizer import BPETokenizer, check_apart
 from shared.weights.configs import config_to_hf
 from shared.weights.files import write_folder
 from shared.weights.names import huggingface_views, unwrap
@@ -46,12 +47,13 @@ def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
 def hugging_face_tokenizer(encoding: tiktoken.Encoding | BPETokenizer) -> Tokenizer:
     """Return Hugging Face's tokenizer with the ids of `encoding.encode(text, allowed_special="all")`.
 
-    Raises ValueError if the encoding is no byte pair encoding, or its ids have gaps.
+    Raises ValueError if the encoding is no byte pair encoding, its ids have gaps, or special tokens overlap.
     """
     # The vocabulary, its bytes as visible characters.
     if isinstance(encoding, BPETokenizer):
         encoding = encoding.to_tiktoken()
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    check_apart(special)
     shown = {token: "".join(map(BYTE_TO_UNICODE.get, token)) for token in sorted(ranks, key=ranks.get)}
     vocabulary = {text: ranks[token] for token, text in shown.items()} | special
     if sorted(vocabulary.values()) != list(range(encoding.n_vocab)):
