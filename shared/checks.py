@@ -2,11 +2,13 @@
 
 A value of the wrong kind raises TypeError, a wrong value ValueError; the message names the argument, says what is
 allowed, and shows what was given. The module imports nothing of the course, so every room may import it. Left out:
-checks that only one class needs, and whatever looks into a tensor, which would make the CPU wait for a GPU.
+checks that only one class needs, and whatever looks into a tensor of several numbers, which would make the CPU wait
+for a GPU.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from numbers import Integral
+from numbers import Real
+from operator import index
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -30,16 +32,35 @@ def choose(name: str, value: str, choices: Mapping[str, T]) -> T:
     return choices[value]
 
 
+def plain_number(value: object) -> int | float | None:
+    """Return a number as Python's int or float, and None for what is no number (True and "3" are none).
+
+    Numbers are Python's and NumPy's, and arrays and tensors without dimensions.
+    """
+    kind = str(getattr(value, "dtype", ""))
+    if isinstance(value, bool) or "bool" in kind or getattr(value, "ndim", 0):
+        return None
+    try:
+        return index(value)
+    except TypeError:  # no whole number
+        pass
+    if isinstance(value, Real):
+        return float(value)
+    item = value.item() if kind and hasattr(value, "item") else None
+    return item if isinstance(item, float) else None
+
+
 def whole_number(name: str, value: int, smallest: int = 1) -> int:
     """Return `value` as an int; TypeError if it is no whole number (True and 2.0 are none), ValueError if too small.
 
-    NumPy's integers are whole numbers as well.
+    Whole numbers of NumPy and torch count as well, see `plain_number`.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    number = plain_number(value)
+    if not isinstance(number, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < smallest:
-        raise ValueError(f"{name} must be at least {smallest}, got {value}")
-    return int(value)
+    if number < smallest:
+        raise ValueError(f"{name} must be at least {smallest}, got {number}")
+    return number
 
 
 def check_sizes(**sizes: int) -> None:

@@ -2,9 +2,11 @@
 
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 from shared.checks import (
     check_between,
@@ -14,6 +16,7 @@ from shared.checks import (
     check_sizes,
     check_text,
     choose,
+    plain_number,
     require,
     whole_number,
 )
@@ -48,12 +51,67 @@ def test_choose_returns_the_entry():
 
 
 @pytest.mark.parametrize(
-    ("value", "smallest"), [(1, 1), (0, 0), (-3, -3), (np.int32(7), 1), (np.uint8(2), 2), (10**30, 1)]
+    ("value", "smallest"),
+    [
+        (1, 1),
+        (0, 0),
+        (-3, -3),
+        (10**30, 1),
+        (np.int32(7), 1),
+        (np.uint8(2), 2),
+        (np.array(3), 1),
+        (torch.tensor(3), 1),
+        (torch.tensor(3, dtype=torch.uint8), 1),
+    ],
 )
 def test_whole_number_returns_an_int(value, smallest):
     number = whole_number("n", value, smallest)
     assert type(number) is int
     assert number == value
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (2, 2),
+        (0.5, 0.5),
+        (Fraction(1, 2), 0.5),
+        (np.float32(0.5), 0.5),
+        (np.float16(0.5), 0.5),
+        (np.array(0.5), 0.5),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (np.int64(2), 2),
+        (torch.tensor(2), 2),
+    ],
+)
+def test_a_plain_number_is_one_of_python(value, expected):
+    number = plain_number(value)
+    assert type(number) is type(expected)
+    assert number == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        None,
+        "3",
+        1j,
+        [3],
+        np.True_,
+        np.str_("3"),
+        np.complex64(1),
+        np.datetime64(3, "D"),
+        np.array([3]),
+        torch.tensor(True),
+        torch.tensor([3]),
+        torch.tensor([0.5]),
+        torch.tensor(1j),
+    ],
+)
+def test_what_is_no_number_is_none(value):
+    assert plain_number(value) is None
 
 
 def test_several_texts_are_not_read():
@@ -77,6 +135,10 @@ def test_several_texts_are_not_read():
         (lambda: whole_number("n", True), TypeError, "n must be an int, got True"),
         (lambda: whole_number("n", np.bool_(True)), TypeError, "n must be an int, got"),
         (lambda: whole_number("n", np.float32(2)), TypeError, "n must be an int, got"),
+        (lambda: whole_number("n", torch.tensor(True)), TypeError, "n must be an int, got tensor(True)"),
+        (lambda: whole_number("n", torch.tensor([3])), TypeError, "n must be an int, got tensor([3])"),
+        (lambda: whole_number("n", torch.tensor(2.0)), TypeError, "n must be an int, got tensor(2.)"),
+        (lambda: whole_number("n", torch.tensor(0)), ValueError, "n must be at least 1, got 0"),
         (lambda: whole_number("n", "4"), TypeError, "n must be an int, got '4'"),
         (lambda: whole_number("n", None), TypeError, "n must be an int, got None"),
         (lambda: check_sizes(width=3, height=0), ValueError, "height must be at least 1, got 0"),

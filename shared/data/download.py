@@ -10,9 +10,9 @@ Relative paths in both variables are counted from the repository root. Model fil
 Hub and live in its own cache, which other programs share.
 
 Without a network every function gives up within 5 seconds with a `DownloadError` of one line: a bounded probe
-comes first, as the libraries alone wait and retry for much longer. A file appears under its final name only
-when it is complete and its checksum is right. A cache folder that cannot be written is an error; no other
-folder replaces it.
+comes first, as the libraries alone wait and retry for much longer. A setting that stands in the way (a proxy,
+certificates) is named. A file appears under its final name only when it is complete and its checksum is
+right. A cache folder that cannot be written is an error; no other folder replaces it.
 
 Left out: resuming, mirrors, retries. The transfer itself is `pooch`'s or `huggingface_hub`'s.
 """
@@ -27,12 +27,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import pooch
 import requests
 import tiktoken
 from tqdm.auto import tqdm
+
+from shared.data.connection import DownloadError, diagnosis, first_set
+from shared.data.encoding import SafeEncoding
 
 T = TypeVar("T")
 
@@ -97,21 +99,6 @@ FILES: dict[str, RemoteFile] = {file.name: file for file in _FILES}
 _tiktoken_lock = threading.Lock()
 
 
-class DownloadError(OSError):
-    """A file cannot be had. The message is one line: what, the reason, the detail.
-
-    Attributes:
-        reason: The cause in a few words that name no path and no machine, such as "no network".
-    """
-
-    def __init__(self, what: str, reason: str, detail: str) -> None:
-        super().__init__(f"{what}: {reason} ({detail})")
-        self.what, self.reason, self.detail = what, reason, detail
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.what, self.reason, self.detail)
-
-
 def data_dir() -> Path | None:
     """Return the folder that `LLM_DATA_DIR` names, or None where that is not set. It need not exist."""
     return _folder_from("LLM_DATA_DIR")
@@ -174,7 +161,7 @@ def gpt2_vocab_file() -> Path:
     return fetch("encoder.json")
 
 
-def gpt2_encoding() -> tiktoken.Encoding:
+def gpt2_encoding() -> SafeEncoding:
     """Return tiktoken's own GPT-2 encoding, read from the two files that `fetch` finds. Raises as `fetch`."""
     merges, vocab = gpt2_merges_file(), gpt2_vocab_file()
     if merges.parent != vocab.parent:
@@ -184,7 +171,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
         before = os.environ.get("TIKTOKEN_CACHE_DIR")
         os.environ["TIKTOKEN_CACHE_DIR"] = str(merges.parent)
         try:
-            return tiktoken.get_encoding("gpt2")
+            return SafeEncoding.of(tiktoken.get_encoding("gpt2"))
         finally:
             if before is None:
                 del os.environ["TIKTOKEN_CACHE_DIR"]
@@ -262,15 +249,10 @@ def _probe(what: str, url: str) -> int:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
-    answer = answers[0] if answers else None
+    answer = answers[0] if answers else requests.ConnectTimeout()
     if isinstance(answer, int):
         return answer
-    host = urlsplit(url).hostname
-    if isinstance(answer, requests.exceptions.SSLError):
-        raise DownloadError(what, "no trusted TLS connection", f"to {host}")
-    if isinstance(answer, requests.exceptions.ProxyError):
-        raise DownloadError(what, "no network through the proxy", f"cannot reach {host}")
-    raise DownloadError(what, "no network", f"cannot reach {host}")
+    raise diagnosis(what, url, answer) from answer
 
 
 def _from_cache_or_network(file: RemoteFile) -> Path:
@@ -324,8 +306,15 @@ def _transfer(file: RemoteFile, part: Path) -> None:
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else "error"
         raise DownloadError(file.name, f"HTTP {status}", file.url) from error
+    except (requests.exceptions.SSLError, requests.exceptions.ProxyError, ValueError) as error:
+        # The address leads to another one, which the probe has not asked for.
+        raise diagnosis(file.name, file.url, error) from error
     except requests.RequestException as error:
         raise DownloadError(file.name, "download interrupted", f"{file.url}; nothing kept") from error
+    except OSError as error:
+        if error.errno is not None:  # of the disk
+            raise
+        raise diagnosis(file.name, file.url, error) from error
 
 
 def _extract(file: RemoteFile, member: str, archive: Path) -> Path:
@@ -365,4 +354,7 @@ def _download_from_hub(repo_id: str, filename: str, revision: str) -> Path:
         return Path(path)
     # The library's network, storage and file errors have no base class in common.
     except Exception as error:
+        setting = first_set("SSL_CERT_FILE", "SSL_CERT_DIR")
+        if isinstance(error, FileNotFoundError) and setting and not os.path.exists(os.environ[setting]):
+            raise DownloadError(what, f"{setting} names no file", "of trusted certificates") from error
         raise DownloadError(what, "download failed", str(error).partition("\n")[0]) from error

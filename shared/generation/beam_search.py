@@ -17,7 +17,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from shared.generation.engine import Processor, apply_processors, check_prompts, evaluating
+from shared.generation.engine import (
+    Processor,
+    apply_processors,
+    as_float64,
+    check_largest,
+    check_prompts,
+    evaluating,
+)
 from shared.generation.sampling import as_float32, check_number
 from shared.model.seq2seq import Hypothesis
 
@@ -53,26 +60,31 @@ def beam_search(
         processors: Applied to the logits; probabilities are those of the softmax after them.
 
     Raises:
-        ValueError: An argument is out of range (it is named), or the context does not suffice.
+        ValueError: An argument is out of range (it is named), the context does not suffice, or the logits of a
+            beginning allow no choice (`check_largest`).
     """
-    check_number("beam_size", beam_size, 1, kind=int)
-    check_number("length_penalty", length_penalty, -10, 10)
+    # What is refused, before anything is computed.
+    beam_size = check_number("beam_size", beam_size, 1, kind=int)
+    length_penalty = check_number("length_penalty", length_penalty, -10, 10)
     if end_token is not None:
-        check_number("end_token", end_token, 0, model.config.vocab_size - 1, kind=int)
-    [prompt] = check_prompts(model, [prompt], max_new_tokens)
+        end_token = check_number("end_token", end_token, 0, model.config.vocab_size - 1, kind=int)
+    [prompt], max_new_tokens = check_prompts(model, [prompt], max_new_tokens)
+    processors = tuple(processors)
     finished: list[Hypothesis] = []
     with evaluating(model):
         # The beam begins as one row: the prompt, read once.
         ids = torch.tensor([prompt], device=next(model.parameters()).device)
-        caches = model.new_caches(len(prompt) + max_new_tokens)
+        caches = model.new_caches(len(prompt) + max_new_tokens - 1)  # the last token is never read
         logits = model(ids, last_only=True, caches=caches)[:, -1]
-        totals = torch.zeros(1, 1, device=ids.device)  # log-probabilities of the beam, (beam, 1)
+        totals = 0.0  # log-probabilities of the beam, float64 (beam, 1)
         for length in range(1, max_new_tokens + 1):
             # Every beginning is extended by every token; the best are looked at, twice as many as the beam holds.
             processed = apply_processors(processors, ids, as_float32(logits))
-            scores = totals + processed.log_softmax(dim=-1)  # (beam, vocab_size)
+            check_largest(processed.amax(dim=-1))
+            scores = totals + as_float64(processed).log_softmax(dim=-1)  # (beam, vocab_size)
             best = scores.flatten().topk(min(2 * beam_size, scores.numel()))
-            rows, tokens = best.indices // scores.shape[1], best.indices % scores.shape[1]
+            indices = best.indices.to(ids.device)
+            rows, tokens = indices // scores.shape[1], indices % scores.shape[1]
             # They either go on, or have ended and count if they are among the best `beam_size`.
             running = []
             for place, (total, token) in enumerate(zip(best.values.tolist(), tokens.tolist(), strict=True)):
@@ -96,7 +108,7 @@ def beam_search(
             # The best beginnings go on, each with the keys and values of its parent.
             kept = torch.tensor(running[:beam_size], device=ids.device)
             ids = torch.cat([ids[rows[kept]], tokens[kept, None]], dim=1)
-            totals = best.values[kept, None]
+            totals = best.values[running[:beam_size], None]
             for cache in caches:
                 cache.reorder(rows[kept])
             logits = model(ids[:, -1:], last_only=True, caches=caches)[:, -1]

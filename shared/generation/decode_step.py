@@ -106,11 +106,11 @@ def _fast_step(model: GPTModel) -> Step:
         # Tokens become vectors, and learned or sinusoidal positions are added.
         x = F.embedding(tokens, embedding)  # (rows, n, emb_dim)
         if added is not None:
-            x = x + added(positions)
+            x = x + added(positions).to(x.dtype)
         # Rotary positions are cosines and sines, looked up once for all blocks.
         factors = None
         if rotary is not None:
-            table = rotary.table[positions].to(x.dtype).unsqueeze(-3)
+            table = rotary.table_on(x.device)[positions].to(x.dtype).unsqueeze(-3)
             factors = table.chunk(2, dim=-1)  # (.., 1, n, head_dim) each
         # One mask for all blocks: no padding and, among several new tokens, none that comes later.
         if mask is not None:

@@ -15,13 +15,15 @@ Follows Pope et al. (2023, "Efficiently Scaling Transformer Inference") on prefi
 Explained and proven in ch04_gpt/03_generation.ipynb; written from there by `make promote`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from shared.checks import plain_number, require
 from shared.generation.decode_step import decode_step
 
 # Called as processor(ids, logits): ids int64 (rows, tokens), all that was read and written so far; logits
@@ -139,30 +141,48 @@ def choose_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tenso
     decides, so that a row's choice depends on nothing but its own logits and its own number.
 
     Args:
-        logits: (rows, vocab_size); -inf for what must not be chosen.
+        logits: (rows, vocab_size), as `check_largest` allows them.
         temperature: Not negative.
         uniforms: float64 (rows,), in [0, 1); not used if `temperature` is 0.
 
     Raises:
-        ValueError: A row to draw from is NaN, or allows no token.
+        ValueError: Nothing can be chosen from a row, see `check_largest`.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.double()
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)  # (rows, vocab_size)
+        tokens = logits.argmax(dim=-1)
+        check_largest(logits.gather(-1, tokens[:, None]))
+        return tokens
+    numbers = as_float64(logits)
+    largest = numbers.amax(dim=-1, keepdim=True)
+    check_largest(largest)
+    cumulative = ((numbers - largest) / temperature).softmax(dim=-1).cumsum(dim=-1)  # (rows, vocab_size)
     cumulative = cumulative / cumulative[:, -1:]  # the last is 1 exactly, above every uniform number
-    if cumulative[:, -1].isnan().any():
-        raise ValueError(
-            "logits must be numbers or -inf, with at least one number a row, got NaN or only -inf"
-        )
-    return torch.searchsorted(cumulative, uniforms[:, None].contiguous(), right=True).squeeze(1)
+    darts = uniforms[:, None].to(cumulative.device).contiguous()
+    return torch.searchsorted(cumulative, darts, right=True).squeeze(1).to(logits.device)
+
+
+def check_largest(largest: Tensor) -> None:
+    """Refuse rows of logits from which nothing can be chosen (ValueError), by the largest logit of each, (rows, 1).
+
+    A row holds numbers, and -inf for what must not be chosen; one number at least. Otherwise the model or a processor
+    is broken, and the largest logit shows it: it is NaN if there is one, +inf, or -inf where all are.
+    """
+    for number in largest.flatten().tolist():
+        if not math.isfinite(number):
+            wrong = "only -inf" if number == -math.inf else number
+            raise ValueError(f"logits must be numbers or -inf, at least one number a row, got {wrong}")
+
+
+def as_float64(numbers: Tensor) -> Tensor:
+    """Return the numbers in float64, for sums over a vocabulary; those on Apple's GPU, which has none, on the CPU."""
+    return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch every module to evaluation, and back to what it was before."""
-    training = [module for module in model.modules() if module.training]
+def evaluating(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
+    """Switch every module of a model, or of a list, to evaluation, and back to what it was before."""
+    modules = model.modules() if isinstance(model, nn.Module) else model
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
@@ -196,7 +216,7 @@ def generate(
 
     Args:
         model: A decoder, as the module's docstring says. It runs in evaluation mode and without gradients.
-        prompts: Lists of ids; their lengths may differ.
+        prompts: Lists of ids; their lengths may differ. An array or tensor (tokens,) is one prompt.
         max_new_tokens: Most ids to add to each prompt.
         temperature: 0 takes the most probable token; above 0, tokens are drawn from softmax(logits / temperature)
             after the processors. To scale before a processor, put a processor that scales in front of it.
@@ -205,12 +225,14 @@ def generate(
         seed: Of the random choices; row i has its own generator with seed + i, or the i-th of several seeds. None: the
             seeds are drawn from torch's global generator.
         overflow: If prompt and new tokens are longer than the model's context: "error" raises before anything is
-            computed; "slide" goes on with the newest half of the context, read anew, whenever it is full.
+            computed; "slide" goes on with the newest half of the context, read anew, whenever it is full. The last new
+            id is never read, so prompt and new tokens may be one more than the context.
 
     Raises:
-        ValueError: An argument is out of range (it is named), or the context does not suffice.
+        ValueError: An argument is out of range (it is named), the context does not suffice, or the logits allow no
+            choice (`check_largest`).
     """
-    steps = _start(
+    n_rows, steps = _start(
         model,
         prompts,
         max_new_tokens,
@@ -220,7 +242,7 @@ def generate(
         seed=seed,
         overflow=overflow,
     )
-    new = [[] for _ in prompts]
+    new = [[] for _ in range(n_rows)]
     for step in steps:
         for row, token in step:
             new[row].append(token)
@@ -237,10 +259,10 @@ def stream(
 ) -> Iterator[int]:
     """Yield the ids that `generate(model, [prompt], ...)` returns, each as soon as it is chosen.
 
-    The options are those of `generate`; errors are raised at the call. Until the iterator is used up or closed, the
-    model stays in evaluation mode.
+    The options are those of `generate`; errors of arguments are raised at the call. Between two ids the model is in the
+    mode in which it was before, so it may be trained, or write another text, meanwhile.
     """
-    steps = _start(model, [prompt], max_new_tokens, stop_tokens, **options)
+    _, steps = _start(model, [prompt], max_new_tokens, stop_tokens, **options)
     return (token for step in steps for _, token in step)
 
 
@@ -254,32 +276,39 @@ def _start(
     processors: Sequence[Processor] = (),
     seed: int | Sequence[int] | None = None,
     overflow: str = "error",
-) -> Iterator[list[tuple[int, int]]]:
-    """Check every argument and return the iterator of `_steps`."""
+) -> tuple[int, Iterator[list[tuple[int, int]]]]:
+    """Check every argument; return the number of prompts and the iterator of `_steps`."""
     # What is refused, before anything is computed.
     if overflow not in ("error", "slide"):
         raise ValueError(f"overflow must be 'error' or 'slide', got {overflow!r}")
-    prompts = check_prompts(model, prompts, max_new_tokens, may_exceed=overflow == "slide")
+    may_exceed = overflow == "slide"
+    prompts, max_new_tokens = check_prompts(model, prompts, max_new_tokens, may_exceed)
     stops = check_ids("stop_tokens", stop_tokens, model.config.vocab_size)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    # A seed for each row; without any randomness torch's own generator is left alone.
-    if seed is None and temperature and prompts:
-        seeds = torch.randint(2**62, (len(prompts),)).tolist()
-    elif seed is None:
-        seeds = [0] * len(prompts)
-    else:
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(
-            f"seed must be one number, or one for each of {len(prompts)} prompts, got {len(seeds)}"
-        )
+    heat = plain_number(temperature)
+    require("temperature", temperature, heat is not None and 0 <= heat < math.inf, "a number of at least 0")
+    seeds = _seeds(seed, len(prompts), is_random=heat > 0)
     # All random numbers in advance, row by row: what one row does cannot shift those of another.
     uniforms = torch.zeros(len(prompts), max_new_tokens, dtype=torch.float64)
-    if temperature:
+    if heat:
         for row, number in zip(uniforms, seeds, strict=True):
             row.uniform_(generator=torch.Generator().manual_seed(number))
-    return _steps(model, prompts, max_new_tokens, temperature, tuple(processors), frozenset(stops), uniforms)
+    steps = _steps(model, prompts, max_new_tokens, heat, tuple(processors), frozenset(stops), uniforms)
+    return len(prompts), steps
+
+
+def _seeds(seed: int | Sequence[int] | None, n_rows: int, is_random: bool) -> list[int]:
+    """Return a seed for each row; without any randomness torch's own generator is left alone."""
+    if seed is None:
+        return torch.randint(2**62, (n_rows,)).tolist() if is_random else [0] * n_rows
+    are_several = plain_number(seed) is None and isinstance(seed, Iterable)
+    seeds = [plain_number(number) for number in (seed if are_several else [seed])]
+    are_allowed = all(isinstance(number, int) and 0 <= number < 2**63 for number in seeds)
+    require("seed", seed, are_allowed, "whole numbers from 0 to 2**63 - 1")
+    if not are_several:
+        return [seeds[0] + i for i in range(n_rows)]
+    if len(seeds) != n_rows:
+        raise ValueError(f"seed must be one number, or one for each of {n_rows} prompts, got {len(seeds)}")
+    return seeds
 
 
 @torch.inference_mode()
@@ -295,61 +324,69 @@ def _steps(
     """Yield, for each step, the pairs (number of the prompt, new id) of the rows that go on."""
     if not prompts:
         return
-    with evaluating(model):
-        rows = _Rows(model, prompts, max_new_tokens)
-        uniforms = uniforms.to(rows.device)
-        # The number of each row's prompt; None when the row has ended.
-        numbers: list[int | None] = list(range(len(prompts)))
-        logits = rows.read()
-        for step in range(max_new_tokens):
-            # From logits to one token a row.
+    rows, modules = _Rows(model, prompts, max_new_tokens), list(model.modules())
+    # The number of each row's prompt; None when the row has ended.
+    numbers: list[int | None] = list(range(len(prompts)))
+    tokens = None
+    for step in range(max_new_tokens):
+        # From logits to one token a row. Only here the model is in evaluation mode: what happens to it between two
+        # tokens is not our business.
+        with evaluating(modules):
+            logits = rows.read() if tokens is None else rows.advance(tokens)
             if logits.dtype in (torch.bfloat16, torch.float16):
                 logits = logits.float()
             if processors:
                 logits = rows.apply(processors, logits)
+            if None in numbers:  # a row that has ended may have nothing left to choose
+                ended = torch.tensor([number is None for number in numbers], device=logits.device)
+                logits = logits.masked_fill(ended[:, None], 0.0)
             tokens = choose_tokens(logits, temperature, uniforms[:, step])
-            # A row that has chosen a stop token has ended, and does not show it.
-            pairs = list(zip(numbers, tokens.tolist(), strict=True))
-            if stop_tokens:
-                numbers = [None if token in stop_tokens else number for number, token in pairs]
-            yield [pair for pair, number in zip(pairs, numbers, strict=True) if number is not None]
-            n_going = len(numbers) - numbers.count(None)
-            if not n_going or step == max_new_tokens - 1:
-                return
-            # Rows that have ended leave the batch; copying the caches for fewer than a tenth would not pay.
-            if n_going <= 0.9 * len(numbers):
-                kept = [i for i, number in enumerate(numbers) if number is not None]
-                rows.keep(kept)
-                numbers, tokens, uniforms = [numbers[i] for i in kept], tokens[kept], uniforms[kept]
-            logits = rows.advance(tokens)
+        # A row that has chosen a stop token has ended, and does not show it.
+        pairs = list(zip(numbers, tokens.tolist(), strict=True))
+        if stop_tokens:
+            numbers = [None if token in stop_tokens else number for number, token in pairs]
+        yield [pair for pair, number in zip(pairs, numbers, strict=True) if number is not None]
+        n_going = len(numbers) - numbers.count(None)
+        if not n_going or step == max_new_tokens - 1:
+            return
+        # Rows that have ended leave the batch; copying the caches for fewer than a tenth would not pay.
+        if n_going <= 0.9 * len(numbers):
+            kept = [i for i, number in enumerate(numbers) if number is not None]
+            rows.keep(kept)
+            numbers, tokens, uniforms = [numbers[i] for i in kept], tokens[kept], uniforms[kept]
 
 
 def check_prompts(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, may_exceed: bool = False
-) -> list[list[int]]:
-    """Return the prompts as lists, if they and the number of new tokens are allowed."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
+    model: nn.Module, prompts: Iterable[Iterable[int]], max_new_tokens: int, may_exceed: bool = False
+) -> tuple[list[list[int]], int]:
+    """Return the prompts as lists, and the number of new tokens as an int, if they are allowed."""
+    n_new = plain_number(max_new_tokens)
+    is_allowed = isinstance(n_new, int) and n_new >= 1
+    require("max_new_tokens", max_new_tokens, is_allowed, "an int of at least 1")
     vocab_size, limit = model.config.vocab_size, model.config.context_length
+    if getattr(prompts, "ndim", 0) == 1 and "int" in str(prompts.dtype):
+        prompts = [prompts]
+    require("prompts", prompts, isinstance(prompts, Iterable), "a sequence of prompts")
     checked = [check_ids(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
     for i, prompt in enumerate(checked):
         if not prompt:
             raise ValueError(f"prompts[{i}] must hold at least one id, got none")
-        if len(prompt) + max_new_tokens > limit and not may_exceed:
+        if len(prompt) + n_new > limit + 1 and not may_exceed:  # the last new token is never read
             raise ValueError(
-                f"prompts[{i}] of {len(prompt)} ids and max_new_tokens={max_new_tokens} exceed the model's "
+                f"prompts[{i}] of {len(prompt)} ids and max_new_tokens={n_new} exceed the model's "
                 f"context_length={limit}"
             )
-    return checked
+    return checked, n_new
 
 
-def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> list[int]:
+def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
     """Return the ids as a list of ints; ValueError if they are none, or one is out of range."""
     try:
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        given = list(ids.tolist() if hasattr(ids, "tolist") else ids)
     except TypeError:
         raise ValueError(f"{name} must be a sequence of ids, got {ids!r}") from None
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+    checked = [token if type(token) is int else plain_number(token) for token in given]
+    for token, number in zip(given, checked, strict=True):
+        if not isinstance(number, int) or not 0 <= number < vocab_size:
             raise ValueError(f"{name} must hold ids from 0 to {vocab_size - 1}, got {token!r}")
-    return ids
+    return checked

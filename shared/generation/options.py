@@ -9,10 +9,11 @@ Left out: beam search, and options that differ between the prompts of a batch.
 Explained and proven in ch05_pretraining/02_decoding.ipynb; written from there by `make promote`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shared.checks import require
 from shared.generation.engine import Processor
 from shared.generation.sampling import (
     LARGEST,
@@ -26,6 +27,7 @@ from shared.generation.sampling import (
     TopP,
     Typical,
     check_number,
+    keep_number,
 )
 from shared.generation.streaming import check_stop_strings
 
@@ -68,7 +70,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         # Whole numbers and other numbers, each in its range.
         for name, low in (("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram", 0)):
-            check_number(name, getattr(self, name), low, kind=int)
+            keep_number(self, name, low, kind=int)
         for name, low, high in (
             ("temperature", 0, LARGEST),
             ("top_p", SMALLEST, 1),
@@ -78,22 +80,21 @@ class GenerationOptions:
             ("presence_penalty", -LARGEST, LARGEST),
             ("frequency_penalty", -LARGEST, LARGEST),
         ):
-            check_number(name, getattr(self, name), low, high)
+            keep_number(self, name, low, high)
         if self.temperature:  # 0 is allowed, and then nothing below what `Temperature` allows
-            check_number("temperature", self.temperature, SMALLEST, LARGEST)
+            keep_number(self, "temperature", SMALLEST, LARGEST)
         # What may be left open, and what is one of two words.
         if self.seed is not None:
-            check_number("seed", self.seed, 0, 10**18, kind=int)
+            keep_number(self, "seed", 0, 10**18, kind=int)
         if self.overflow not in ("error", "slide"):
             raise ValueError(f"overflow must be 'error' or 'slide', got {self.overflow!r}")
-        # Lists, as JSON has them, become tuples: equal options are equal, and nobody can change them later.
+        # Lists, as JSON has them, and other series become tuples: equal options are equal, and nobody can change them.
         object.__setattr__(self, "stop_strings", check_stop_strings(self.stop_strings))
         if self.stop_tokens is not None:
-            if isinstance(self.stop_tokens, str) or not isinstance(self.stop_tokens, Sequence):
-                raise ValueError(f"stop_tokens must be a sequence of ids, got {self.stop_tokens!r}")
-            for token in self.stop_tokens:
-                check_number("stop_tokens", token, 0, kind=int)
-            object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+            is_series = isinstance(self.stop_tokens, Iterable) and not isinstance(self.stop_tokens, str)
+            require("stop_tokens", self.stop_tokens, is_series, "a sequence of ids")
+            stops = tuple(check_number("stop_tokens", token, 0, kind=int) for token in self.stop_tokens)
+            object.__setattr__(self, "stop_tokens", stops)
 
     def processors(self) -> tuple[Processor, ...]:
         """Return the processors that change something: penalties, temperature, cuts."""

@@ -21,19 +21,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shared.checks import plain_number
+from shared.generation.engine import as_float64
+
 
 def as_float32(logits: Tensor) -> Tensor:
     """Turn half precision into float32, and leave the rest as it is."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, kind: type = float) -> None:
-    """Raise ValueError unless `value` is a number from `low` to `high`, a whole one if `kind` is int."""
-    is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
+def check_number(
+    name: str, value: float, low: float, high: float = math.inf, *, kind: type = float
+) -> int | float:
+    """Return `value` as Python's number; ValueError unless it is from `low` to `high`, and whole if `kind` is int."""
+    number = plain_number(value)
+    if not isinstance(number, int if kind is int else int | float) or not low <= number <= high:
         noun = "a whole number" if kind is int else "a number"
         limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
         raise ValueError(f"{name} must be {noun} {limits}, got {value!r}")
+    return number
+
+
+def keep_number(
+    settings: object, name: str, low: float, high: float = math.inf, *, kind: type = float
+) -> None:
+    """Check a field of a frozen dataclass as `check_number` does, and make it a number of Python."""
+    number = check_number(name, getattr(settings, name), low, high, kind=kind)
+    object.__setattr__(settings, name, number)
 
 
 # Within these, no finite logit below 1e32 can become infinite.
@@ -50,7 +64,7 @@ class Temperature:
     temperature: float
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, SMALLEST, LARGEST)
+        keep_number(self, "temperature", SMALLEST, LARGEST)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         return as_float32(logits) / self.temperature
@@ -66,7 +80,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        check_number("k", self.k, 1, kind=int)
+        keep_number(self, "k", 1, kind=int)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = as_float32(logits)
@@ -77,12 +91,14 @@ class TopK:
 def _keep_mass(logits: Tensor, order: Tensor, mass: float) -> Tensor:
     """Keep tokens in the order of `order`, smallest first, until their probability together reaches `mass`.
 
-    Tokens tied in `order` with the last one kept are kept too: how a sort arranges equals makes no difference.
+    Tokens tied in `order` with the last one kept are kept too: how a sort arranges equals makes no difference. The sum
+    is one of float64: in float32 the rounding of 100,000 terms can move the limit.
     """
     ordered, tokens = order.sort(dim=-1)
-    reached = logits.softmax(dim=-1).gather(-1, tokens).cumsum(dim=-1)  # (rows, vocab_size)
+    reached = as_float64(logits).softmax(dim=-1).gather(-1, tokens).cumsum(dim=-1)  # (rows, vocab_size)
     last = (reached < mass).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-    return logits.masked_fill(order > ordered.gather(-1, last), -math.inf)
+    too_far = order > ordered.gather(-1, last)
+    return logits.masked_fill(too_far.to(logits.device), -math.inf)
 
 
 @dataclass(frozen=True)
@@ -95,12 +111,12 @@ class TopP:
     p: float
 
     def __post_init__(self) -> None:
-        check_number("p", self.p, SMALLEST, 1)
+        keep_number(self, "p", SMALLEST, 1)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = as_float32(logits)
         # A sum that rounds to 1 too early must not cut the tail.
-        return logits if self.p == 1 else _keep_mass(logits, -logits, self.p)
+        return logits if self.p == 1 else _keep_mass(logits, -as_float64(logits), self.p)
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ class MinP:
     p: float
 
     def __post_init__(self) -> None:
-        check_number("p", self.p, 0, 1)
+        keep_number(self, "p", 0, 1)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = as_float32(logits)
@@ -133,13 +149,13 @@ class Typical:
     mass: float
 
     def __post_init__(self) -> None:
-        check_number("mass", self.mass, SMALLEST, 1)
+        keep_number(self, "mass", SMALLEST, 1)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = as_float32(logits)
         if self.mass == 1:
             return logits
-        surprise = -logits.log_softmax(dim=-1)
+        surprise = -as_float64(logits).log_softmax(dim=-1)
         mean = torch.special.entr((-surprise).exp()).sum(dim=-1, keepdim=True)  # the entropy, (rows, 1)
         return _keep_mass(logits, (surprise - mean).abs(), self.mass)
 
@@ -156,7 +172,7 @@ class RepetitionPenalty:
     penalty: float
 
     def __post_init__(self) -> None:
-        check_number("penalty", self.penalty, SMALLEST, LARGEST)
+        keep_number(self, "penalty", SMALLEST, LARGEST)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = as_float32(logits)
@@ -176,8 +192,8 @@ class CountPenalty:
     frequency: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("presence", self.presence, -LARGEST, LARGEST)
-        check_number("frequency", self.frequency, -LARGEST, LARGEST)
+        keep_number(self, "presence", -LARGEST, LARGEST)
+        keep_number(self, "frequency", -LARGEST, LARGEST)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = as_float32(logits)
@@ -195,7 +211,7 @@ class NoRepeatNGram:
     n: int
 
     def __post_init__(self) -> None:
-        check_number("n", self.n, 1, kind=int)
+        keep_number(self, "n", 1, kind=int)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = as_float32(logits)

@@ -11,14 +11,21 @@ guesses without a model, Saxena (2023, "Prompt Lookup Decoding").
 Explained and proven in ch04_gpt/04_fast_generation.ipynb; written from there by `make promote`.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import nn
 
+from shared.checks import require, whole_number
 from shared.generation.decode_step import decode_step
-from shared.generation.engine import check_ids, check_prompts, evaluating
+from shared.generation.engine import check_ids, check_largest, check_prompts, evaluating
+
+# Vocabularies are padded to multiples of 64 or 128: by no more than this, one tokenizer's differ in size from model to
+# model. llama.cpp draws the same line.
+MOST_PADDING = 128
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,29 @@ def generate_speculatively(
 
     Args:
         model, prompt, max_new_tokens, stop_tokens: As in `generate`.
-        propose: Called with all ids so far and a number n, it returns up to n ids: `PromptLookup`, `DraftModel`.
+        propose: Called with all ids so far and a number n, it returns up to n ids: `PromptLookup`, `DraftModel`. From
+            the first one that is no id of the model on, its guesses are not used.
         n_ahead: Most ids to propose for one pass.
 
     Raises:
-        ValueError: As `generate`; or n_ahead is below 1.
+        ValueError: As `generate`; n_ahead is below 1; or a draft model's vocabulary is of another size, and the
+            difference is more than padding.
     """
-    if n_ahead < 1:
-        raise ValueError(f"n_ahead must be at least 1, got {n_ahead}")
-    (ids,) = check_prompts(model, [prompt], max_new_tokens)
-    stops = set(check_ids("stop_tokens", stop_tokens, model.config.vocab_size))
+    # What is refused, before anything is computed.
+    n_ahead, vocab_size = whole_number("n_ahead", n_ahead), model.config.vocab_size
+    if isinstance(propose, DraftModel):
+        draft_size = propose.model.config.vocab_size
+        is_padding = abs(draft_size - vocab_size) <= MOST_PADDING
+        require(
+            "vocab_size of the draft model",
+            draft_size,
+            is_padding,
+            f"the model's, {vocab_size}, but for padding",
+        )
+    (ids,), max_new_tokens = check_prompts(model, [prompt], max_new_tokens)
+    stops = set(check_ids("stop_tokens", stop_tokens, vocab_size))
     device, n_prompt, end = next(model.parameters()).device, len(ids), len(ids) + max_new_tokens
-    caches = model.new_caches(end)
+    caches = model.new_caches(end - 1)  # the last id is never read
     n_passes = n_proposed = n_accepted = 0
     guesses, unread = [], ids  # what the next pass reads, after what the caches hold
     with evaluating(model):
@@ -80,6 +98,7 @@ def generate_speculatively(
             # The guesses before the first one that the model would not have chosen are right.
             choices = logits[0].argmax(dim=-1).tolist()
             n_right = next((i for i, guess in enumerate(guesses) if guess != choices[i]), len(guesses))
+            check_largest(logits[0, : n_right + 1].amax(dim=-1))
             n_passes, n_proposed, n_accepted = n_passes + 1, n_proposed + len(guesses), n_accepted + n_right
             # The caches forget the wrong guesses; the model's own choice comes after the right ones.
             for cache in caches:
@@ -92,7 +111,8 @@ def generate_speculatively(
                 return Speculation(ids[n_prompt:stop], n_passes, n_proposed, n_accepted)
             # New guesses, one less than there is room for: the pass itself adds one id.
             n_room = min(n_ahead, end - len(ids) - 1)
-            guesses = list(propose(ids, n_room))[:n_room] if n_room else []
+            proposed = list(propose(ids, n_room))[:n_room] if n_room else []
+            guesses = list(takewhile(lambda guess: 0 <= guess < vocab_size, proposed))
 
 
 class PromptLookup:
@@ -105,13 +125,12 @@ class PromptLookup:
         corpus: Other text to look in, when the ids so far hold no match.
 
     Raises:
-        ValueError: longest is below 1.
+        ValueError: longest is below 1, or corpus holds what is no id.
     """
 
-    def __init__(self, longest: int = 3, corpus: Sequence[int] = ()) -> None:
-        if longest < 1:
-            raise ValueError(f"longest must be at least 1, got {longest}")
-        self.longest, self._corpus = longest, "".join(map(chr, corpus))
+    def __init__(self, longest: int = 3, corpus: Iterable[int] = ()) -> None:
+        self.longest = whole_number("longest", longest)
+        self._corpus = "".join(map(chr, check_ids("corpus", corpus, sys.maxunicode + 1)))
 
     def __call__(self, ids: list[int], n: int) -> list[int]:
         """Return up to n proposed ids; none if even the last id is new."""
@@ -128,7 +147,7 @@ class DraftModel:
     """Propose what a smaller model of the same vocabulary would write greedily. It keeps its own caches.
 
     Args:
-        model: A decoder, as for `generate`.
+        model: A decoder, as for `generate`. Its vocabulary may be padded to another size.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -137,7 +156,7 @@ class DraftModel:
 
     @torch.inference_mode()
     def __call__(self, ids: list[int], n: int) -> list[int]:
-        """Return n proposed ids, fewer at the end of the small model's context."""
+        """Return n proposed ids, fewer at the end of the small model's context, none after an id that it lacks."""
         n = min(n, self.model.config.context_length + 1 - len(ids))
         # The caches keep what they have read of these ids; of all ids at least the last is read again.
         n_same = min(len(self._read), len(ids) - 1)
@@ -146,6 +165,8 @@ class DraftModel:
         for cache in self._caches:
             cache.crop(n_same)
         self._read, unread, proposed = ids[:n_same], ids[n_same:], []
+        if max(unread) >= self.model.config.vocab_size:
+            return []
         # Greedy decoding, from the first unread id on.
         device = next(self.model.parameters()).device
         with evaluating(self.model):
@@ -156,6 +177,8 @@ class DraftModel:
                     logits = step(tokens, None, None, self._caches)
                 else:
                     logits = self.model(tokens, caches=self._caches, last_only=True)
-                self._read, unread = self._read + unread, [int(logits[0, -1].argmax())]
+                newest = logits[0, -1:]
+                check_largest(newest.amax(dim=-1))
+                self._read, unread = self._read + unread, newest.argmax(dim=-1).tolist()
                 proposed += unread
         return proposed

@@ -11,22 +11,43 @@ Explained and proven in ch04_gpt/03_generation.ipynb; written from there by `mak
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
-from typing import Unpack
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Protocol, Unpack
 
-import tiktoken
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from shared.generation.engine import EngineOptions, stream
+from shared.checks import require
+from shared.generation.engine import EngineOptions, Processor, check_ids, stream
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer here. tiktoken's encodings have it, and our own `BPETokenizer`."""
+
+    @property
+    def n_vocab(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def eot_token(self) -> int:
+        """The id that ends a text; KeyError or ValueError if there is none."""
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are ordinary text."""
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """Return the bytes of an id; KeyError or ValueError if it has none."""
 
 
 def stream_text(
     model: nn.Module,
-    encoding: tiktoken.Encoding,
+    encoding: Tokenizer,
     prompt: str | Sequence[int],
     max_new_tokens: int,
     *,
-    stop_strings: Sequence[str] = (),
+    stop_strings: Iterable[str] = (),
     stop_tokens: Sequence[int] | None = None,
     **options: Unpack[EngineOptions],
 ) -> Iterator[str]:
@@ -37,31 +58,48 @@ def stream_text(
 
     Args:
         model, max_new_tokens: As in `generate`.
-        encoding: The model's tokenizer.
-        prompt: A text, encoded without special tokens; or ids, which may hold them.
+        encoding: The model's tokenizer. Ids of the model that it lacks, as in a padded vocabulary, are not chosen.
+        prompt: A text, encoded without special tokens; or ids, which may hold them. An empty one is begun by the
+            end-of-text token, after which a model has learnt to begin.
         stop_strings: Texts that end the generation at the first one that is complete. Neither it nor what comes after
             it is yielded, and what may become the beginning of one is held back until it is known not to be.
-        stop_tokens: As in `generate`; None stands for the encoding's end-of-text token.
+        stop_tokens: As in `generate`; None stands for the encoding's end-of-text token, if it has one.
         options: `temperature`, `processors`, `seed` and `overflow` of `generate`.
 
     Raises:
-        ValueError: As `generate`, at the call; or a stop string is empty.
+        ValueError: As `generate`, at the call; the encoding has more tokens than the model; a stop string is empty; or
+            the prompt is a text that the encoding cannot encode.
     """
+    # What the tokenizer and the model make of each other.
     ends = check_stop_strings(stop_strings)
-    ids = encoding.encode_ordinary(prompt) if isinstance(prompt, str) else prompt
-    stops = (encoding.eot_token,) if stop_tokens is None else stop_tokens
-    tokens = stream(model, ids, max_new_tokens, stop_tokens=stops, **options)
+    processors = (*forbid_unknown(model, encoding), *options.pop("processors", ()))
+    try:
+        end = encoding.eot_token
+    except (KeyError, ValueError):  # there is none
+        end = None
+    # The prompt as ids, and what ends the text.
+    ids = _encode(encoding, prompt) if isinstance(prompt, str) else prompt
+    ids = check_ids("prompt", ids, model.config.vocab_size)
+    if not ids and end is None:
+        raise ValueError(
+            "prompt must not be empty: the encoding has no end-of-text token to begin a text with"
+        )
+    if stop_tokens is None:
+        stop_tokens = () if end is None else (end,)
+    tokens = stream(
+        model, ids or [end], max_new_tokens, stop_tokens=stop_tokens, processors=processors, **options
+    )
     pieces = _until(decode_stream(encoding, tokens), ends)
     return (piece for piece in pieces if piece)
 
 
 def generate_text(
     model: nn.Module,
-    encoding: tiktoken.Encoding,
+    encoding: Tokenizer,
     prompt: str | Sequence[int],
     max_new_tokens: int,
     *,
-    stop_strings: Sequence[str] = (),
+    stop_strings: Iterable[str] = (),
     stop_tokens: Sequence[int] | None = None,
     **options: Unpack[EngineOptions],
 ) -> str:
@@ -78,19 +116,70 @@ def generate_text(
     return "".join(pieces)
 
 
-def check_stop_strings(stop_strings: Sequence[str]) -> tuple[str, ...]:
+def _encode(encoding: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text; ValueError if the tokenizer gives up."""
+    try:
+        return encoding.encode_ordinary(text)
+    except BaseException as error:
+        # tiktoken gives up on, say, a million spaces in a row, with a panic of Rust, which is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"prompt of {len(text)} characters cannot be encoded by {encoding!r}: {error}"
+        ) from None
+
+
+def forbid_unknown(model: nn.Module, encoding: Tokenizer) -> tuple[Processor, ...]:
+    """Return processors for `generate` that forbid the ids of the model that the tokenizer lacks: one, or none.
+
+    A vocabulary padded to a multiple of 64 has such ids, and some tokenizers have gaps. Raises ValueError if the
+    tokenizer has more tokens than the model.
+    """
+    size, n_tokens = model.config.vocab_size, encoding.n_vocab
+    if n_tokens > size:
+        raise ValueError(f"encoding must have at most the model's vocab_size={size} tokens, got {n_tokens}")
+    unknown = _unknown_ids(encoding, size)
+    if not unknown.any():
+        return ()
+    unknown = unknown.to(next(model.parameters()).device)
+    return (lambda ids, logits: logits.masked_fill(unknown, -math.inf),)
+
+
+@lru_cache(maxsize=8)
+def _unknown_ids(encoding: Tokenizer, size: int) -> Tensor:
+    """Return which of the ids below `size` the tokenizer lacks, bool (size,)."""
+    unknown = torch.zeros(size, dtype=torch.bool)
+    for token in range(size):
+        try:
+            encoding.decode_single_token_bytes(token)
+        except (KeyError, ValueError):
+            unknown[token] = True
+    return unknown
+
+
+def check_stop_strings(stop_strings: Iterable[str]) -> tuple[str, ...]:
     """Return the stop strings as a tuple; ValueError if they are one text instead of several, or one is empty."""
-    is_sequence = isinstance(stop_strings, Sequence) and not isinstance(stop_strings, str)
-    if not is_sequence or not all(isinstance(stop, str) and stop for stop in stop_strings):
-        raise ValueError(f"stop_strings must be texts of at least one character, got {stop_strings!r}")
-    return tuple(stop_strings)
+    are_several = isinstance(stop_strings, Iterable) and not isinstance(stop_strings, str)
+    stops = tuple(stop_strings) if are_several else ()
+    are_texts = are_several and all(isinstance(stop, str) and stop for stop in stops)
+    require("stop_strings", stop_strings, are_texts, "texts of at least one character")
+    return stops
 
 
-def decode_stream(encoding: tiktoken.Encoding, tokens: Iterator[int]) -> Iterator[str]:
-    """Turn a stream of ids into one of text, a piece for each id and one for the end; pieces may be empty."""
+def decode_stream(encoding: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Turn a stream of ids into one of text, a piece for each id and one for the end; pieces may be empty.
+
+    Raises ValueError for an id that the tokenizer lacks.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
-        yield decoder.decode(encoding.decode_single_token_bytes(token))
+        try:
+            piece = encoding.decode_single_token_bytes(token)
+        except (KeyError, ValueError, OverflowError):
+            raise ValueError(
+                f"tokens must be ids of the encoding, below {encoding.n_vocab}, got {token}"
+            ) from None
+        yield decoder.decode(piece)
     yield decoder.decode(b"", final=True)
 
 

@@ -1,14 +1,12 @@
-"""Attention: masks, the operation itself, a cache of keys and values, and one multi-head layer for every
-architecture.
+"""Attention: masks, the operation itself, a cache of keys and values, and one multi-head layer.
 
 Masks are bool and say True where a query may attend, as in
 `torch.nn.functional.scaled_dot_product_attention`. A query that may attend to nothing gives zeros.
 Follows Vaswani et al. (2017, "Attention Is All You Need"), with the grouped key and value heads of
-Ainslie et al. (2023), the window of Jiang et al. (2023, "Mistral 7B") and hooks for rotary positions and
-for normalised queries and keys.
+Ainslie et al. (2023), the window of Jiang et al. (2023, "Mistral 7B"), a bias of the scores (T5, ALiBi)
+and hooks for rotary positions and for normalised queries and keys.
 
-Left out: scores with an added bias (T5, ALiBi), a cache that rolls with the window or grows, kernels of
-our own.
+Left out: a cache that rolls with the window or grows, kernels of our own.
 
 Explained and proven in ch03_attention/02_self_attention.ipynb and
 ch03_attention/03_multi_head_attention.ipynb; written from there by `make promote`.
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.checks import check_dropout, check_sizes
+from shared.checks import check_dropout, check_sizes, require, whole_number
 
 
 def causal_mask(
@@ -32,13 +30,13 @@ def causal_mask(
 
     The queries are the last `n_queries` of `n_keys` positions, as when earlier keys come from a cache; `n_keys` is
     `n_queries` if not given. With `window`, a query sees at most that many positions, its own included.
-    Raises ValueError if `n_queries` is not in 1 to `n_keys` or `window` is below 1.
+    Raises ValueError if `n_queries` is not in 1 to `n_keys` or `window` is below 1, TypeError if one is no int.
     """
     n_keys = n_queries if n_keys is None else n_keys
-    if not 1 <= n_queries <= n_keys:
+    sizes = {"n_queries": n_queries, "n_keys": n_keys, "window": 1 if window is None else window}
+    check_sizes(**{name: size for name, size in sizes.items() if not isinstance(size, torch.SymInt)})
+    if n_queries > n_keys:
         raise ValueError(f"n_queries must be between 1 and n_keys={n_keys}, got {n_queries}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
     query_positions = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
     key_positions = torch.arange(n_keys, device=device)
     allowed = key_positions <= query_positions  # (n_queries, n_keys)
@@ -55,14 +53,30 @@ def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, True where a query may attend, got {mask.dtype}")
-    sizes = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
-    fits = len(sizes) == len(shape) and all(a in (1, b) for a, b in zip(sizes, shape, strict=True))
-    if not fits or (len(shape) == 4 and mask.dim() == 3):
+    if not _broadcasts(mask, shape) or (len(shape) == 4 and mask.dim() == 3):
         raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(mask.shape)}")
 
 
+def check_bias(name: str, bias: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a bias of scores that is not float (TypeError) or does not broadcast to `shape` (ValueError)."""
+    if not bias.is_floating_point():
+        raise TypeError(f"{name} must be a float tensor, added to the scores, got {bias.dtype}")
+    if not _broadcasts(bias, shape):
+        raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(bias.shape)}")
+
+
+def _broadcasts(x: Tensor, shape: Sequence[int]) -> bool:
+    sizes = (1,) * (len(shape) - x.dim()) + tuple(x.shape)
+    return len(sizes) == len(shape) and all(a in (1, b) for a, b in zip(sizes, shape, strict=True))
+
+
 def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    score_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mix the values by how well their keys match each query: softmax(Q K^T / sqrt(d_k)) V.
 
@@ -75,20 +89,25 @@ def scaled_dot_product_attention(
         value: (..., keys, d_v).
         attention_mask: Bool, broadcastable to (..., queries, keys), True where the query may attend.
         dropout: Probability of dropping a weight; the others are divided by 1 - dropout.
+        score_bias: Finite numbers, broadcastable to (..., queries, keys), added to the scaled scores.
 
     Returns:
         The outputs (..., queries, d_v) and the weights (..., queries, keys) as applied, dropout included.
 
     Raises:
-        ValueError: The sizes of query, key, value or mask do not fit, or dropout is not in [0, 1).
-        TypeError: The mask is not bool.
+        ValueError: The sizes of query, key, value, mask or bias do not fit, or dropout is not in [0, 1).
+        TypeError: The mask is not bool, or the bias not float.
     """
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ValueError(f"query (.., Q, d_k), key (.., K, d_k), value (.., K, d_v) do not fit: {shapes}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (..., queries, keys)
+    check_dropout(dropout)
+    # Scores need 32 bits even where the numbers have 16; the query is scaled first, or they could overflow.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(wide) / math.sqrt(query.shape[-1])) @ key.to(wide).transpose(-2, -1)
+    if score_bias is not None:
+        check_bias("score_bias", score_bias, scores.shape)
+        scores = scores + score_bias
     if attention_mask is None:
         weights = scores.softmax(dim=-1)
     else:
@@ -97,8 +116,7 @@ def scaled_dot_product_attention(
         empty = ~attention_mask.any(dim=-1, keepdim=True)
         weights = scores.masked_fill(~attention_mask & ~empty, -math.inf).softmax(dim=-1)
         weights = weights.masked_fill(empty, 0.0)
-    if dropout:
-        weights = F.dropout(weights, dropout)
+    weights = F.dropout(weights.to(value.dtype), dropout)
     return weights @ value, weights
 
 
@@ -120,22 +138,25 @@ class KeyValueCache:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (batch, n_kv_heads, tokens, head_dim) and return `contents()`.
 
-        Raises ValueError if there is no room for them, they fit no stored ones, or they require gradients.
+        Raises ValueError if there is no room for them, they require gradients, or shape or type do not fit.
         """
-        if keys.shape != values.shape:
-            raise ValueError(f"keys have shape {tuple(keys.shape)}, values {tuple(values.shape)}")
+        if keys.dim() != 4 or not keys.shape[2]:
+            raise ValueError(f"keys must be (batch, n_kv_heads, tokens, head_dim), got {tuple(keys.shape)}")
+        if values.shape != keys.shape or values.dtype != keys.dtype:
+            found = f"{values.dtype} {tuple(values.shape)}"
+            raise ValueError(f"values must be {keys.dtype} {tuple(keys.shape)} as the keys, got {found}")
         if keys.requires_grad or values.requires_grad:
             raise ValueError("a cache stores no gradients: run the model under torch.no_grad()")
         n_new, end = keys.shape[2], self.length + keys.shape[2]
         if end > self.max_length:
             raise ValueError(f"{self.length} + {n_new} tokens exceed max_length={self.max_length}")
         shape = (*keys.shape[:2], self.max_length, keys.shape[3])
-        if self.length and self._keys.shape != shape:
-            raise ValueError(f"keys {tuple(keys.shape)} do not fit the buffers {tuple(self._keys.shape)}")
-        if not self.length:
-            wanted = (shape, keys.dtype, keys.device)
-            if self._keys is None or (self._keys.shape, self._keys.dtype, self._keys.device) != wanted:
-                self._keys, self._values = keys.new_zeros(shape), values.new_zeros(shape)
+        held, wanted = self._keys, (shape, keys.dtype, keys.device)
+        if held is None or (held.shape, held.dtype, held.device) != wanted:
+            if self.length:
+                allowed, found = (f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (held, keys))
+                raise ValueError(f"keys must fit the buffers, {allowed}, got {found}")
+            self._keys, self._values = keys.new_zeros(shape), values.new_zeros(shape)
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
         self.length = end
@@ -149,8 +170,8 @@ class KeyValueCache:
 
     def crop(self, length: int) -> None:
         """Forget every token after the first `length`. Raises ValueError if the cache holds fewer."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length must be between 0 and the stored {self.length}, got {length}")
+        length = whole_number("length", length, 0)
+        require("length", length, length <= self.length, f"between 0 and the stored {self.length}")
         self.length = length
 
     def reset(self) -> None:
@@ -253,6 +274,7 @@ class MultiHeadAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        score_bias: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         need_weights: bool = False,
@@ -261,11 +283,11 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             x: (batch, tokens, emb_dim).
-            context: (batch, source tokens, kv_dim), for cross-attention only; it may be left out once the cache
-                holds its keys and values.
+            context: (batch, source tokens, kv_dim) of cross-attention; None once a cache holds its keys and values.
             key_padding_mask: Bool (batch, keys), True for real tokens; with a cache, for cached tokens too.
-            attention_mask: Bool (tokens, keys) or broadcastable to (batch, n_heads, tokens, keys), True where a
-                token may attend; it comes on top of `causal`, `window` and `key_padding_mask`.
+            attention_mask: Bool, broadcastable to (batch, n_heads, tokens, keys), True where a token may attend; it
+                comes on top of `causal`, `window` and `key_padding_mask`. (batch, tokens, keys) is refused.
+            score_bias: Float, broadcastable to (batch, n_heads, tokens, keys) and finite: added to the scaled scores.
             positions: int64 (tokens,) or (batch, tokens), for `rotary`; by default they count on from the cache.
             cache: Causal self-attention appends to it; cross-attention fills it once and reads it afterwards.
             need_weights: Also return the weights, by an explicit and slower computation of the same numbers.
@@ -275,17 +297,23 @@ class MultiHeadAttention(nn.Module):
 
         Raises:
             ValueError: A shape does not fit, the cache is full, or self-attention that is not causal is given one.
-            TypeError: A mask is not bool.
+            TypeError: A mask is not bool, or the bias not float.
         """
         n_keys = self._check(x, context, positions, cache)
-        mask, is_causal = self._mask(x, n_keys, key_padding_mask, attention_mask, need_weights)
+        if score_bias is not None:
+            check_bias("score_bias", score_bias, (x.shape[0], self.n_heads, x.shape[1], n_keys))
+        explicit = need_weights or score_bias is not None  # the mask is needed as a tensor
+        mask, is_causal = self._mask(x, n_keys, key_padding_mask, attention_mask, explicit)
         query, key, value = self._project(x, context, positions, cache)
         dropout = self.dropout if self.training else 0.0
         n_shared = self.n_heads // self.n_kv_heads
         if need_weights:
             key, value = key.repeat_interleave(n_shared, dim=1), value.repeat_interleave(n_shared, dim=1)
-            heads, weights = scaled_dot_product_attention(query, key, value, mask, dropout)
+            heads, weights = scaled_dot_product_attention(query, key, value, mask, dropout, score_bias)
         else:
+            if score_bias is not None:  # the kernel adds a mask of numbers to the scores
+                bias = score_bias.to(query.dtype)[(None,) * (4 - score_bias.dim())]
+                mask = bias if mask is None else torch.where(mask, bias, -math.inf)
             heads = F.scaled_dot_product_attention(
                 query, key, value, mask, dropout, is_causal=is_causal, enable_gqa=n_shared > 1
             )
@@ -296,7 +324,7 @@ class MultiHeadAttention(nn.Module):
         self, x: Tensor, context: Tensor | None, positions: Tensor | None, cache: KeyValueCache | None
     ) -> int:
         """Refuse inputs that do not fit, before anything is computed or cached; return the number of keys."""
-        if x.dim() != 3 or x.shape[2] != self.emb_dim:
+        if x.dim() != 3 or x.shape[2] != self.emb_dim or not x.shape[1]:
             raise ValueError(f"x must be (batch, tokens, emb_dim={self.emb_dim}), got {tuple(x.shape)}")
         batch, n_tokens = x.shape[:2]
         if positions is not None and tuple(positions.shape) not in ((n_tokens,), (batch, n_tokens)):
@@ -315,10 +343,10 @@ class MultiHeadAttention(nn.Module):
             if not n_cached:
                 raise ValueError("cross-attention needs context, or a cache that holds its keys and values")
             return n_cached
-        if context.dim() != 3 or context.shape[::2] != (batch, self.kv_dim):
+        if n_cached:
+            raise ValueError(f"context must be None: the cache holds {n_cached} tokens of one; or reset it")
+        if context.dim() != 3 or context.shape[::2] != (batch, self.kv_dim) or not context.shape[1]:
             raise ValueError(f"context must be ({batch}, keys, {self.kv_dim}), got {tuple(context.shape)}")
-        if n_cached and context.shape[1] != n_cached:
-            raise ValueError(f"context has {context.shape[1]} tokens, the cache holds {n_cached}")
         return context.shape[1]
 
     def _mask(
@@ -329,7 +357,7 @@ class MultiHeadAttention(nn.Module):
         masks = []
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, (batch, self.n_heads, n_queries, n_keys))
-            masks.append(attention_mask)
+            masks.append(torch.atleast_2d(attention_mask))  # fewer the kernel does not take
         if padding is not None:
             if padding.shape != (batch, n_keys):
                 raise ValueError(f"key_padding_mask must be {(batch, n_keys)}, got {tuple(padding.shape)}")

@@ -13,7 +13,7 @@ Explained and proven in ch04_gpt/02_gpt.ipynb; written from there by `make promo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shared.checks import check_choice, check_sizes, choose, require
 from shared.model.attention import KeyValueCache, MultiHeadAttention
 from shared.model.layers import (
+    ACTIVATIONS,
     FEED_FORWARDS,
     NORMS,
     RMSNorm,
@@ -54,8 +55,17 @@ ADDED_POSITIONS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPosition
 _CHOICES = {
     "norm": tuple(NORMS),
     "feed_forward": tuple(FEED_FORWARDS),
+    "activation": tuple(ACTIVATIONS),
     "positions": (*ADDED_POSITIONS, "rotary", "none"),
     "rope_scaling": ("none", "linear", "ntk", "yarn", "llama3"),
+}
+# Fields that only one choice reads: with any other, a value of their own would be ignored, and is refused.
+_READ_ONLY_BY = {
+    ("positions", "rotary"): ("rope_base", "rope_scaling", "rope_interleaved"),
+    ("rope_scaling", "linear", "ntk", "yarn", "llama3"): ("rope_factor", "rope_original_length"),
+    ("rope_scaling", "yarn"): ("rope_attention_factor",),
+    ("feed_forward", "moe"): ("n_experts", "n_active_experts"),
+    ("feed_forward", "gelu"): ("activation",),
 }
 
 
@@ -73,12 +83,16 @@ class GPTConfig:
         tie_weights: Whether the output head is the token embedding's own matrix.
         norm, norm_eps: "layernorm" or "rmsnorm", and what it adds to the variance.
         pre_norm: Norms at the head of each branch and after the last block (GPT-2), or after each addition (GPT-1).
-        feed_forward: "gelu" (GPT-2's tanh form), "swiglu" or "moe".
+        feed_forward: "gelu" (two maps with an activation between, as in GPT-2), "swiglu" or "moe".
+        activation: For "gelu": "gelu_tanh" (GPT-2's form), "gelu" (the exact one, as in nanoGPT), "relu" or "silu".
         feed_forward_dim: Width inside it, or inside one expert; None: as `FeedForward` and `SwiGLU` say.
         n_experts, n_active_experts: For "moe": how many there are, and how many a token uses.
         positions: "learned", "sinusoidal", "rotary" or "none".
         rope_base, rope_scaling, rope_factor, rope_original_length: Rotary frequencies, as `scaled_rotary_frequencies`
             has them; an original length of None is context_length.
+        rope_attention_factor: For "yarn": what rotated queries and keys are multiplied by; None: 0.1 ln(factor) + 1.
+        rope_interleaved: Whether numbers 2 m and 2 m + 1 of a head are turned together (GPT-J, Llama as Meta stores
+            it), not m and m + head_dim / 2.
         n_kv_heads: Key and value heads of a block (grouped-query attention); None: n_heads.
         head_dim: Width of a head; None: emb_dim / n_heads.
         qk_norm: Whether queries and keys get an RMSNorm over each head, as in Qwen3.
@@ -86,7 +100,7 @@ class GPTConfig:
         init_std: Standard deviation of the initial weights.
 
     Raises:
-        ValueError: A value is not allowed or does not fit another.
+        ValueError: A value is not allowed, does not fit another, or would be ignored because of another.
         TypeError: A value has the wrong type.
     """
 
@@ -103,6 +117,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     pre_norm: bool = True
     feed_forward: str = "gelu"
+    activation: str = "gelu_tanh"
     feed_forward_dim: int | None = None
     n_experts: int = 8
     n_active_experts: int = 2
@@ -111,6 +126,8 @@ class GPTConfig:
     rope_scaling: str = "none"
     rope_factor: float = 1.0
     rope_original_length: int | None = None
+    rope_attention_factor: float | None = None
+    rope_interleaved: bool = False
     n_kv_heads: int | None = None
     head_dim: int | None = None
     qk_norm: bool = False
@@ -121,7 +138,7 @@ class GPTConfig:
         # Each field by itself: its type, sizes of at least 1, known names.
         for field in fields(self):
             name, kind, value = field.name, field.type, getattr(self, field.name)
-            fits = isinstance(value, int | float if kind is float else kind)
+            fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(1.0, kind))
             if not fits or isinstance(value, bool) != (kind is bool):
                 raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
             if kind in (int, int | None) and value is not None:
@@ -133,12 +150,14 @@ class GPTConfig:
         divided = self.head_dim is not None or self.emb_dim % heads == 0
         # Both kinds of position pair the numbers of a vector.
         paired = {"rotary": "actual_head_dim", "sinusoidal": "emb_dim"}.get(self.positions)
+        factor = 1.0 if self.rope_attention_factor is None else self.rope_attention_factor
         for name, holds, allowed in (
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
             ("norm_eps", 0 < self.norm_eps < 1, "between 0 and 1"),
             ("init_std", 0 < self.init_std < math.inf, "above 0"),
             ("rope_base", 1 < self.rope_base < math.inf, "above 1"),
             ("rope_factor", 1 <= self.rope_factor < math.inf, "at least 1"),
+            ("rope_attention_factor", 0 < factor < math.inf, "above 0"),
             ("emb_dim", divided, f"a multiple of n_heads={heads} unless head_dim is given"),
             ("n_kv_heads", heads % (self.n_kv_heads or 1) == 0, f"a divisor of n_heads={heads}"),
             ("n_active_experts", self.n_active_experts <= experts, f"at most n_experts={experts}"),
@@ -146,6 +165,17 @@ class GPTConfig:
         ):
             if name is not None:
                 require(name, getattr(self, name), holds, allowed)
+        # Last, no value that nothing would read.
+        for (choice, *readers), names in _READ_ONLY_BY.items():
+            for name in names:
+                default, value = type(self).__dataclass_fields__[name].default, getattr(self, name)
+                read = getattr(self, choice) in readers
+                require(
+                    name,
+                    value,
+                    read or value == default,
+                    f"{default!r} unless {choice} is {' or '.join(readers)}",
+                )
 
     @property
     def actual_head_dim(self) -> int:
@@ -166,13 +196,17 @@ def build_norm_of(config: GPTConfig) -> nn.Module:
 def build_rotary(config: GPTConfig) -> RotaryPositions:
     """Return the rotation of queries and keys as the configuration says."""
     head_dim, length = config.actual_head_dim, config.rope_original_length or config.context_length
-    with torch.device("cpu"):  # computed, not loaded: the table must be real even in a model built on "meta"
+    with torch.device("cpu"):  # computed, not loaded: they must be real even in a model built on "meta"
         frequencies, factor = scaled_rotary_frequencies(
             config.rope_scaling, head_dim, config.rope_base, config.rope_factor, length
         )
-        return RotaryPositions(
-            head_dim, config.context_length, inverse_frequencies=frequencies, attention_factor=factor
-        )
+    return RotaryPositions(
+        head_dim,
+        config.context_length,
+        interleaved=config.rope_interleaved,
+        inverse_frequencies=frequencies,
+        attention_factor=config.rope_attention_factor or factor,
+    )
 
 
 def build_block(config: GPTConfig, rotary: nn.Module | None = None) -> TransformerBlock:
@@ -186,6 +220,8 @@ def build_block(config: GPTConfig, rotary: nn.Module | None = None) -> Transform
         config.emb_dim, config.n_heads, out_bias=config.bias, causal=True, rotary=rotary, **options
     )
     options = {"bias": config.bias}
+    if config.feed_forward == "gelu":
+        options |= {"activation": config.activation}
     if config.feed_forward == "moe":
         options |= {"n_experts": config.n_experts, "n_active": config.n_active_experts}
     feed_forward = build_feed_forward(config.feed_forward, config.emb_dim, config.feed_forward_dim, **options)
@@ -217,6 +253,8 @@ class GPTModel(nn.Module):
         self.output_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False, device=device)
         if config.tie_weights:
             self.output_head.weight = self.token_embedding.weight
+        self.register_load_state_dict_pre_hook(_remember_tie)
+        self.register_load_state_dict_post_hook(_restore_tie)
         self.initialize()
 
     @torch.no_grad()
@@ -276,7 +314,7 @@ class GPTModel(nn.Module):
                 raise ValueError(f"tokens must be at most context_length={limit} with the cached, got {end}")
             positions = torch.arange(start, end, device=x.device)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(positions).to(x.dtype)  # computed ones are float32
         x = self.dropout(x)
         for block, cache in zip(self.blocks, caches or [None] * n_layers, strict=True):
             x = block(x, positions=positions, key_padding_mask=key_padding_mask, cache=cache)
@@ -305,3 +343,21 @@ class GPTModel(nn.Module):
     def n_parameters(self) -> int:
         """Number of trained numbers; a tied output head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPTModel":
+        """Cast or move all parts; a tied head stays tied, of which `to_empty` would make two matrices."""
+        _remember_tie(self)
+        super()._apply(fn, recurse)
+        _restore_tie(self)
+        return self
+
+
+def _remember_tie(model: GPTModel, *_: object) -> None:
+    """Note, before the weights are replaced, whether the head is tied; it may be a layer that has no weight."""
+    model._is_tied = getattr(model.output_head, "weight", None) is model.token_embedding.weight
+
+
+def _restore_tie(model: GPTModel, *_: object) -> None:
+    """Tie the head as it was before `_remember_tie`."""
+    if model._is_tied:
+        model.output_head.weight = model.token_embedding.weight

@@ -218,8 +218,8 @@ class MixtureOfExperts(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        if not 1 <= n_active <= n_experts:
-            raise ValueError(f"n_active must be between 1 and n_experts={n_experts}, got {n_active}")
+        check_sizes(n_experts=n_experts, n_active=n_active)
+        require("n_active", n_active, n_active <= n_experts, f"between 1 and n_experts={n_experts}")
         self.n_active = n_active
         self.experts = nn.ModuleList(SwiGLU(emb_dim, hidden_dim, bias=bias) for _ in range(n_experts))
         self.router = nn.Linear(emb_dim, n_experts, bias=False)

@@ -16,6 +16,8 @@ and ch04_gpt/01_building_blocks.ipynb; written from there by `make promote`.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +81,42 @@ def sinusoidal_positions(context_length: int, emb_dim: int, base: float = 10000.
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
 
 
-class SinusoidalPositions(nn.Module):
+class ComputedTable(nn.Module):
+    """A table that is computed, not trained: it is not stored, and its float32 numbers never change.
+
+    Whatever becomes of the model around it (cast, `to_empty`, built on "meta", `load_state_dict(assign=True)`), `table`
+    changes its device at most. As `assign=True` tells no module of the new device, lookups go through `table_on`.
+
+    Args:
+        compute: Returns the table; called once, on the CPU.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        super().__init__()
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # on "meta" there would be no numbers
+            self.register_buffer("table", compute(), persistent=False)
+        self.table_on(device)
+
+    def table_on(self, device: torch.device) -> Tensor:
+        """Return the table on this device and keep it there; "meta" gets a stand-in, and the numbers stay."""
+        if self.table.device == device:
+            return self.table
+        moved = self.table.to(device)
+        if not moved.is_meta:
+            self.table = moved
+        return moved
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ComputedTable":
+        """Follow a move. torch would hand the table to `fn`, which may also round it or empty it."""
+        self.table_on(fn(self.table.new_empty(0)).device)
+        return self
+
+
+class SinusoidalPositions(ComputedTable):
     """The table of `sinusoidal_positions` with the interface of `LearnedPositions`, and nothing to train or to store.
+
+    Its vectors are float32: cast them to the type of what they are added to.
 
     Args:
         context_length: Number of positions; any number, as they cost memory only.
@@ -91,14 +127,13 @@ class SinusoidalPositions(nn.Module):
     """
 
     def __init__(self, context_length: int, emb_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("table", sinusoidal_positions(context_length, emb_dim), persistent=False)
+        super().__init__(partial(sinusoidal_positions, context_length, emb_dim))
 
     def forward(self, positions: Tensor) -> Tensor:
         """Return the vectors of positions (tokens,) or (batch, tokens), int64: (..., tokens, emb_dim).
 
         Raises ValueError if a position is negative or not below `context_length`."""
-        return rows_at(positions, self.table)
+        return rows_at(positions, self.table_on(positions.device))
 
 
 def relative_position_bucket(
@@ -184,23 +219,23 @@ class RelativePositionBias(nn.Module):
         return F.embedding(bucket, self.weight).movedim(-1, -3)  # (..., heads, queries, keys)
 
 
-class AlibiBias(nn.Module):
+class AlibiBias(ComputedTable):
     """ALiBi's penalty -slope * distance for each head, with nothing to train; add it before the softmax.
 
-    Keys after the query are penalised alike, which matters only where no causal mask hides them.
+    The slopes are the `table`; the penalty is float32.
+        Keys after the query are penalised alike, which matters only where no causal mask hides them.
     Raises ValueError if `n_heads` is below 1.
     """
 
     def __init__(self, n_heads: int) -> None:
-        super().__init__()
-        self.register_buffer("slopes", alibi_slopes(n_heads), persistent=False)
+        super().__init__(partial(alibi_slopes, n_heads))
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Return the bias (n_heads, queries, keys), with a batch dimension in front if the positions have one.
 
         Positions are int64 (tokens,) or (batch, tokens), of any size."""
         distance = _relative(query_positions, key_positions).abs().unsqueeze(-3)  # (..., 1, queries, keys)
-        return self.slopes[:, None, None] * -distance
+        return self.table_on(distance.device)[:, None, None] * -distance
 
 
 def rotary_inverse_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
@@ -215,7 +250,7 @@ def rotary_inverse_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
     return 1.0 / base ** (torch.arange(0, head_dim, 2).float() / head_dim)
 
 
-class RotaryPositions(nn.Module):
+class RotaryPositions(ComputedTable):
     """Rotary position embedding (Su et al., 2021): turns queries and keys so that scores see distances only.
 
     Call it on queries and on keys, never on values. Number m of a head is paired with number m + head_dim / 2, as in
@@ -233,7 +268,8 @@ class RotaryPositions(nn.Module):
         attention_factor: Multiplies the result, as YaRN does; scores grow with its square.
 
     Raises:
-        ValueError: A size is below 1, `head_dim` is odd, or `inverse_frequencies` has another shape.
+        ValueError: A size is below 1, `head_dim` is odd, `inverse_frequencies` has another shape, or
+            `attention_factor` is not above 0.
     """
 
     def __init__(
@@ -245,22 +281,27 @@ class RotaryPositions(nn.Module):
         inverse_frequencies: Tensor | None = None,
         attention_factor: float = 1.0,
     ) -> None:
-        super().__init__()
-        default = rotary_inverse_frequencies(head_dim, base)
-        check_sizes(context_length=context_length)
-        frequencies = default if inverse_frequencies is None else inverse_frequencies.detach().cpu().float()
-        if frequencies.shape != default.shape:
-            wanted = f"(head_dim / 2,) = {tuple(default.shape)}"
-            raise ValueError(f"inverse_frequencies must be {wanted}, got {tuple(frequencies.shape)}")
+        check_sizes(head_dim=head_dim, context_length=context_length)
+        require("attention_factor", attention_factor, 0 < attention_factor < math.inf, "above 0 and finite")
+
+        def compute() -> Tensor:
+            frequencies = rotary_inverse_frequencies(head_dim, base)
+            if inverse_frequencies is not None:
+                wanted, found = tuple(frequencies.shape), tuple(inverse_frequencies.shape)
+                require("inverse_frequencies", found, found == wanted, f"(head_dim / 2,) = {wanted}")
+                frequencies = inverse_frequencies.detach().cpu().float()
+            # One row of angles a position, (context_length, head_dim / 2).
+            angles = torch.arange(context_length).float()[:, None] * frequencies
+            cosine, sine = angles.cos() * attention_factor, angles.sin() * attention_factor
+            if interleaved:
+                parts = [torch.stack(pair, dim=-1).flatten(1) for pair in ((cosine, cosine), (-sine, sine))]
+            else:
+                parts = [cosine, cosine, -sine, sine]
+            # One row holds both factors of each number, its own and its partner's: one lookup fetches them.
+            return torch.cat(parts, dim=1)  # (context_length, 2 head_dim)
+
+        super().__init__(compute)
         self.head_dim, self.interleaved = head_dim, interleaved
-        angles = torch.arange(context_length).float()[:, None] * frequencies  # (context_length, head_dim / 2)
-        cosine, sine = angles.cos() * attention_factor, angles.sin() * attention_factor
-        if interleaved:
-            parts = [torch.stack(pair, dim=-1).flatten(1) for pair in ((cosine, cosine), (-sine, sine))]
-        else:
-            parts = [cosine, cosine, -sine, sine]
-        # One row holds both factors of each number, its own and its partner's: one lookup fetches them.
-        self.register_buffer("table", torch.cat(parts, dim=1), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return `x` rotated by its positions; shape and type stay.
@@ -281,7 +322,7 @@ class RotaryPositions(nn.Module):
             raise ValueError(
                 f"positions must be ({n_tokens},) or {(batch, n_tokens)} for this x, got {tuple(positions.shape)}"
             )
-        factors = rows_at(positions, self.table).to(x.dtype)  # (tokens, 2 head_dim), or with batch in front
+        factors = rows_at(positions, self.table_on(x.device)).to(x.dtype)  # ([batch,] tokens, 2 head_dim)
         if positions.dim() == 2:
             factors = factors.unsqueeze(1)  # (batch, 1, tokens, 2 head_dim): the same for all heads
         own, partners = factors.chunk(2, dim=-1)

@@ -169,7 +169,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         *,
         key_padding_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -181,7 +181,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             x: Target (batch, tokens, emb_dim).
-            memory: The encoder's output (batch, source tokens, emb_dim).
+            memory: The encoder's output (batch, source tokens, emb_dim); None once the caches hold it.
             key_padding_mask: Bool (batch, tokens), True for real target tokens.
             attention_mask: Bool, broadcastable to (batch, n_heads, tokens, tokens), on top of causality.
             memory_padding_mask: Bool (batch, source tokens), True for real source tokens.
@@ -212,7 +212,7 @@ class Decoder(nn.Module):
         self.norm = config.last_norm()
 
     def forward(
-        self, x: Tensor, memory: Tensor, *, caches: Sequence | None = None, **masks: Tensor | None
+        self, x: Tensor, memory: Tensor | None, *, caches: Sequence | None = None, **masks: Tensor | None
     ) -> Tensor:
         """(batch, tokens, emb_dim) -> the same shape. Raises ValueError if there is not one pair of caches a layer."""
         for layer, pair in zip(self.layers, _one_each(caches, self.layers), strict=True):
@@ -335,7 +335,8 @@ class Transformer(nn.Module):
         numbers = range(len(self.decoder.layers))
         caches = [(StateCache(state[f"own_{i}"]), StateCache(state[f"cross_{i}"])) for i in numbers]
         x = self._embed("previous_ids", previous_ids[:, None], self.target_embedding, caches[0][0].length)
-        x = self.decoder(x, state["memory"], caches=caches, memory_padding_mask=state["mask"])
+        memory = None if caches[0][1].length else state["memory"]  # afterwards the caches hold it
+        x = self.decoder(x, memory, caches=caches, memory_padding_mask=state["mask"])
         for i, (own, cross) in enumerate(caches):
             state = state | {f"own_{i}": own.stacked, f"cross_{i}": cross.stacked}
         return F.linear(x[:, 0], self.target_embedding.weight), state
@@ -365,4 +366,5 @@ class Transformer(nn.Module):
         except IndexError:
             low, high, last = int(ids.min()), int(ids.max()), embedding.num_embeddings - 1
             raise ValueError(f"{name} must be ids from 0 to {last}, got {low} to {high}") from None
-        return self.dropout(vectors + self.positions(torch.arange(start, end, device=ids.device)))
+        positions = self.positions(torch.arange(start, end, device=ids.device))
+        return self.dropout(vectors + positions.to(vectors.dtype))

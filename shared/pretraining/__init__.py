@@ -1,6 +1,7 @@
 """The machinery of `ch05_pretraining/pretrain.py`. In reading order:
 
 - `options`: everything that a run depends on, from a recipe and the command line.
+- `files`: which text files are read.
 - `stretches`: text files cut for several jobs, and into pieces that fit into memory.
 - `shards`: text files as shards of tokens.
 - `rows`: batches of documents or windows that depend on seed and step alone.

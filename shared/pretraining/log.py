@@ -1,15 +1,21 @@
-"""The log of a training run: `log.csv` (a row a step), `evaluation.csv`, and the same for TensorBoard.
+"""The log of a training run: `log.csv` (a row a step), `evaluation.csv`, and the same for TensorBoard; `data.json`.
 
 A run that goes on from a checkpoint cuts its log back to that step and writes the rest anew, so that the files of an
-interrupted run equal those of an unbroken one. Floats are written with all their digits.
+interrupted run equal those of an unbroken one. Floats are written with all their digits. `data.json` says how many of
+the tokens are used.
 
 Left out: figures of the machine, such as memory.
 """
 
 import csv
+import json
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
+
+from shared.pretraining.rows import Usage
 
 COLUMNS = {
     "log.csv": ("step", "loss", "learning_rate", "grad_norm", "tokens", "cpu_seconds"),
@@ -30,9 +36,15 @@ def lock_folder(folder: Path) -> TextIO:
 
     Raises:
         BlockingIOError: Another run uses the folder. A `torchrun` that is killed may leave its processes running.
+        ValueError: It cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder that can be written, got {folder} ({error.strerror})"
+        ) from error
     if os.name == "posix":  # Windows has no lock of this kind
         import fcntl
 
@@ -42,6 +54,12 @@ def lock_folder(folder: Path) -> TextIO:
             file.close()
             raise BlockingIOError(f"{folder} is in use by another run") from None
     return file
+
+
+def write_usage(folder: Path, usage: Mapping[str, Usage]) -> None:
+    """Write `data.json`: for each side what its rows are, and how many tokens are used and lost where."""
+    content = {side: asdict(each) | {"used": each.used} for side, each in usage.items()}
+    (folder / "data.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
 class RunLog:

@@ -5,21 +5,31 @@ must be the same when it is continued.
 """
 
 import argparse
-import os
+import math
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from shared.model.gpt import PRESETS
-from shared.training.optimizers import OPTIMIZERS
-from shared.training.schedules import SCHEDULES
+# Written out here, and compared by a test with what they name: torch takes seconds to import, --help and a wrong
+# option should take none.
+PRESETS = (
+    "gpt2-small",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "bytes-tiny",
+    "tales-tiny",
+    "tales-1m",
+    "tales-3m",
+)
+OPTIMIZERS = ("sgd", "adam", "adamw", "lion", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "step", "restarts", "wsd")
 
 AT_LEAST_1 = (
     "steps",
     "batch_size",
     "accumulation",
-    "workers",
     "log_every",
     "evaluate_every",
     "keep_last",
@@ -30,6 +40,7 @@ AT_LEAST_1 = (
     "length_pool",
 )
 AT_LEAST_0 = (
+    "workers",
     "warmup_steps",
     "max_grad_norm",
     "spike_factor",
@@ -42,10 +53,12 @@ AT_LEAST_0 = (
 )
 
 
-def option(default: object, help: str, *, choices: tuple[str, ...] = (), free: bool = False) -> Any:
-    """Return a field of `Options`; a `free` one may change when a run is continued."""
+def option(
+    default: object, help: str, *, choices: tuple[str, ...] = (), free: bool = False, group: str | None = None
+) -> Any:
+    """Return a field of `Options`; a `free` one may change when a run is continued, `group` begins one of --help."""
     kind = str if default is None else type(default)
-    metadata = {"help": help, "choices": choices, "free": free, "kind": kind}
+    metadata = {"help": help, "choices": choices, "free": free, "kind": kind, "group": group}
     if isinstance(default, list | dict):
         return field(default_factory=kind, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -57,43 +70,55 @@ class Options:
 
     # fmt: off
     # ruff: noqa: RUF009
-    out: str = option("", "folder of the run", free=True)
-    data: list[str] = option([], "text files and folders, or the word tales")
-    validation_data: list[str] = option([], "text files and folders for validation, in place of a held-out share")
-    validation_fraction: float = option(0.01, "share of the documents held out for validation")
-    pattern: str = option("*.txt", "which files of a folder are read")
+    out: str = option("", "folder of the run; the same command continues the run that it holds", free=True)
+    data: list[str] = option([], "text files and folders, or the word tales: generated stories")
+    tokenizer: str = option("tales", "tales, gpt2 or a path ending in .tiktoken")
+    preset: str = option("tales-1m", "shape of the model", choices=PRESETS)
+    steps: int = option(1000, "updates; more of them may be asked for later, until the learning rate begins to fall")
+    batch_size: int = option(16, "rows of an update, all processes together")
+    learning_rate: float = option(0.003, "peak; with muon that of everything but the matrices")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: what LLM_DEVICE names, else a GPU if there is one")
+    export: str | None = option(None, "folder for the finished model, in the format of shared/checkpoints", free=True)
+
+    rows: str = option("auto", "a row is a window of the stream, or a document from its beginning, cut to the context; "
+                               "auto: windows for text, documents for tales",
+                       choices=("auto", "windows", "documents"), group="text files")
     separator: str | None = option(None, "what stands between two documents of a file (\\n is a line break); "
                                          "none: a file is one document")
-    tokenizer: str = option("tales", "tales, gpt2 or a path ending in .tiktoken")
-    workers: int = option(os.cpu_count() or 1, "processes that tokenize", free=True)
+    pattern: str = option("*.txt", "which files of a folder are read; names that begin with a dot never are")
+    validation_fraction: float = option(0.01, "share of the documents held out for validation; of a few files, the end "
+                                              "of each")
+    validation_data: list[str] = option([], "text files and folders for validation, in place of a held-out share")
+    workers: int = option(0, "processes that tokenize; 0: one for each CPU that may be used", free=True)
     shards: str | None = option(None, "folder for token shards; none: OUT/shards", free=True)
-    tales_stories: int = option(100_000, "tales for training")
+    length_pool: int = option(8, "batches of documents that are sorted by length together; 1: none")
+
+    tales_stories: int = option(100_000, "tales for training", group="tales")
     tales_seed: int = option(1, "seed of the training tales")
     tales_validation: int = option(400, "tales for validation")
     tales_validation_seed: int = option(0, "seed of the validation tales")
-    rows: str = option("documents", "a row is a document from its beginning, or a window of the stream",
-                       choices=("documents", "windows"))
-    length_pool: int = option(8, "batches of documents that are sorted by length together; 1: none")
-    preset: str = option("tales-1m", "shape of the model", choices=tuple(PRESETS))
-    model: dict[str, object] = option({}, "changes to the preset, as NAME=VALUE ...: n_layers=2 qk_norm=true")
+
+    model: dict[str, object] = option({}, "changes to the preset, as NAME=VALUE ...: n_layers=2 qk_norm=true",
+                                      group="model")
     mimetic: bool = option(False, "first weights of attention that look for and copy tokens: keys are half queries, "
-                                   "outputs undo values")
+                                  "outputs undo values")
     start_from: str | None = option(None, "trained weights to begin with, a name or folder for load_pretrained; "
                                           "layers that they lack are added on top")
-    steps: int = option(1000, "updates")
-    batch_size: int = option(16, "rows of an update, all processes together")
-    accumulation: int = option(1, "parts in which a process computes its rows of an update")
-    optimizer: str = option("muon", "", choices=tuple(OPTIMIZERS))
-    learning_rate: float = option(0.003, "peak; with muon that of everything but the matrices")
+
+    optimizer: str = option("muon", "what turns gradients into updates", choices=OPTIMIZERS, group="updates")
     matrix_learning_rate: float = option(0.02, "peak for the matrices, muon only")
     weight_decay: float = option(0.01, "decoupled, on matrices")
     beta1: float = option(0.9, "AdamW's average of gradients")
     beta2: float = option(0.95, "AdamW's average of squares")
-    schedule: str = option("wsd", "learning rate over the steps", choices=tuple(SCHEDULES))
+    schedule: str = option("wsd", "learning rate over the steps", choices=SCHEDULES)
     warmup_steps: int = option(0, "steps of linear warm-up")
     decay: float = option(0.5, "share of the steps in which wsd falls to 0")
+    max_grad_norm: float = option(1.0, "longer gradients are shortened to it; 0: never")
+    accumulation: int = option(1, "parts in which a process computes its rows of an update")
+    seed: int = option(0, "of weights, order of the data and dropout")
+
     repeat_weight: float = option(0.0, "extra weight in the loss of rare targets that stand earlier in their row, with "
-                                       "documents as rows: teaches early to look back")
+                                       "documents as rows: teaches early to look back", group="loss")
     repeat_share: float = option(0.004, "a token is rare if at most this share of the training tokens is the same")
     repeat_from: int = option(0, "first step with the extra weight, counted from 0")
     repeat_until: int = option(0, "first step without it again")
@@ -102,28 +127,25 @@ class Options:
     outside_weight: float = option(0.0, "with exact targets: extra weight of the part of the loss that comes from "
                                         "probability for tokens that cannot stand there")
     balance_weight: float = option(0.01, "mixtures of experts: factor of the loss that keeps all experts busy")
-    max_grad_norm: float = option(1.0, "longer gradients are shortened to it; 0: never")
-    precision: str = option("float32", "of the matrix products", choices=("float32", "bf16"))
+
+    precision: str = option("float32", "of the matrix products", choices=("float32", "bf16"), group="machine")
     compile: bool = option(False, "torch.compile: needs a C++ compiler, pays off in long runs")
     parallel: str = option("ddp", "several processes: each with the whole model, or with a part",
                            choices=("ddp", "fsdp"))
-    device: str = option("auto", "auto: what LLM_DEVICE names, or else a GPU if there is one",
-                         choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(0, "CPU threads of a process; 0: torch decides")
-    seed: int = option(0, "of weights, order of the data and dropout")
-    log_every: int = option(10, "steps between two checks of the losses", free=True)
-    evaluate_every: int = option(200, "steps", free=True)
+
+    log_every: int = option(10, "steps between two checks of the losses", free=True, group="logs and checkpoints")
+    evaluate_every: int = option(200, "steps between two evaluations", free=True)
     evaluation_rows: int = option(400, "most rows of an evaluation", free=True)
-    checkpoint_every: int = option(200, "steps", free=True)
+    checkpoint_every: int = option(200, "steps between two checkpoints", free=True)
     keep_last: int = option(2, "checkpoints kept", free=True)
+    tensorboard: bool = option(True, "write logs for TensorBoard", free=True)
+
     spike_factor: float = option(3.0, "a loss above this many times the median of the last 100 is an explosion; "
-                                      "0: only one that is not finite", free=True)
+                                      "0: only one that is not finite", free=True, group="divergence")
     on_divergence: str = option("stop", "stop, or go back to the last checkpoint and skip the batches since",
                                 choices=("stop", "rollback"), free=True)
     max_rollbacks: int = option(3, "after so many rollbacks, stop", free=True)
-    tensorboard: bool = option(True, "write logs for TensorBoard", free=True)
-    export: str | None = option(None, "folder for the finished model, in the format of shared/checkpoints",
-                                free=True)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -137,8 +159,13 @@ class Options:
                 raise ValueError(f"{each.name} is {value!r}; {kind.__name__} is needed")
             if allowed and value not in allowed:
                 raise ValueError(f"{each.name} is {value!r}; allowed: {', '.join(allowed)}")
+            if kind in (str, list):
+                _check_paths(each.name, [value] if kind is str else value)
 
         # The range of the numbers.
+        for each in fields(self):
+            if isinstance(getattr(self, each.name), float) and math.isnan(getattr(self, each.name)):
+                raise ValueError(f"{each.name} is nan; a number is needed")
         for smallest, names in ((1, AT_LEAST_1), (0, AT_LEAST_0)):
             for name in names:
                 if getattr(self, name) < smallest:
@@ -147,6 +174,17 @@ class Options:
         # What must be given, and what needs something else.
         if not self.out or not self.data:
             raise ValueError(f"{'data' if self.out else 'out'} is missing")
+        if "tales" in self.data and not self.is_tales:
+            raise ValueError(
+                "data names tales and files; tales are learned alone (a folder of that name is ./tales)"
+            )
+        if self.rows == "auto":
+            object.__setattr__(self, "rows", "documents" if self.is_tales else "windows")
+        if not (self.is_tales or self.validation_data or 0 < self.validation_fraction < 1):
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}; without validation_data it must be above 0 and "
+                "below 1"
+            )
         if self.repeat_weight and self.rows != "documents":
             raise ValueError(f"repeat_weight is {self.repeat_weight}; it needs rows=documents")
         if self.exact_targets and not (self.is_tales and self.rows == "documents"):
@@ -202,26 +240,58 @@ def read_options(usage: str, arguments: list[str] | None = None) -> Options:
     return Options(**{**values, **given})
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors: the usual ones print the whole usage first and end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError with the message of the wrong argument."""
+        raise ValueError(f"{message}; --help names all options")
+
+
 def _parser(usage: str) -> argparse.ArgumentParser:
     """Return a parser with an argument for each option; what is not given is left out of its result."""
-    summary, _, usage = usage.partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=style)
-    parser.add_argument("--recipe", help="TOML file of options, which the command line overrides")
+    summary, _, rest = usage.partition("\n\n")
+    parser = _OneLineParser(
+        prog="pretrain.py",
+        usage="pretrain.py [--recipe FILE] --data PATH ... --out FOLDER [options]",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("basics")
+    group.add_argument(
+        "--recipe", metavar="FILE", help="TOML file of options, which the command line overrides"
+    )
     for each in fields(Options):
+        if each.metadata["group"]:
+            group = parser.add_argument_group(each.metadata["group"])
         kind, text = each.metadata["kind"], each.metadata["help"].replace("%", "%%")
-        default = "" if kind in (list, dict) else f" (default: {each.default})"
+        default = "" if kind in (list, dict) or each.default in ("", None) else f" (default: {each.default})"
         keywords: dict[str, Any] = {"help": text + default, "default": argparse.SUPPRESS}
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         elif kind in (list, dict):
-            keywords["nargs"] = "+"
-            keywords["metavar"] = "PATH" if kind is list else "NAME=VALUE"
+            keywords |= {"nargs": "+", "metavar": "PATH" if kind is list else "NAME=VALUE"}
         else:
             keywords["type"] = kind
             keywords["choices"] = each.metadata["choices"] or None
-        parser.add_argument("--" + each.name.replace("_", "-"), **keywords)
+        group.add_argument("--" + each.name.replace("_", "-"), **keywords)
     return parser
+
+
+def _check_paths(name: str, values: list[object] | list[None]) -> None:
+    """Refuse what is no text, or no path that a checkpoint could store; None is allowed."""
+    for value in values:
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ValueError(f"{name} holds {value!r}; str is needed")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name}: this path cannot be used, as its bytes are not UTF-8: {value!r}"
+            ) from None
 
 
 def _assignment(text: str) -> tuple[str, object]:

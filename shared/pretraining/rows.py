@@ -5,55 +5,132 @@ is one document read from its beginning, [end] + document + [end], cut to the co
 of the batch; padding has the target `IGNORE`, which counts for nothing. Process r of w takes its slice of the same
 batch, so the number of processes changes no batch.
 
+Either way some tokens may have no place in a row; `usage` counts them and says why.
+
 Left out: masks between the documents of a window.
 """
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from shared.checks import check_sizes
-from shared.text.dataset import ResumableSampler, TokenShards, open_token_file
+from shared.text.dataset import ResumableSampler, open_token_file
 from shared.training.batches import IGNORE
 
 Paths = Sequence[str | os.PathLike]
 
 
-class WindowRows:
-    """Windows of `context_length` tokens over the shards; shards that are too short for one are left out.
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 file" and "2,000 files"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many of the tokens of some shards a model learns to predict, or is judged by, in one pass over its rows.
 
     Attributes:
-        skipped: Paths of the shards left out.
+        rows: How many rows there are and of what, such as "692 windows of 256 tokens".
+        tokens: Of the shards, end tokens included.
+        lost: How many of them have no place, by where they stand; nothing where the number is 0.
     """
 
-    def __init__(self, paths: Paths, context_length: int, batch_size: int, seed: int = 0) -> None:
-        long_enough = [path for path in paths if len(open_token_file(path)) > context_length]
-        self.skipped = [path for path in paths if path not in long_enough]
-        if not long_enough:
-            raise ValueError(
-                f"no shard holds more than context_length={context_length} tokens: {list(paths)}"
-            )
+    rows: str
+    tokens: int
+    lost: dict[str, int]
+
+    @property
+    def used(self) -> int:
+        """Tokens that have a place."""
+        return self.tokens - sum(self.lost.values())
+
+    def __str__(self) -> str:
+        share = f"{100 * self.used / self.tokens:.3g} %"
+        lost = "".join(f"; {number:,} lost {where}" for where, number in self.lost.items())
+        return f"{self.used:,} of {self.tokens:,} tokens are used ({share}), in {self.rows}{lost}"
+
+
+class WindowRows:
+    """Windows of `context_length` tokens over the shards, in the order of the files; none crosses into another file.
+
+    Args:
+        paths: Token files.
+        context_length: Inputs of a row, C.
+        batch_size: Rows of a batch.
+        seed: Of all orders.
+        partial: Whether the last window of a shard may be shorter, so that a shard of 2 tokens has one. Otherwise what
+            is left over has no place, and shards of at most C tokens have none.
+
+    Attributes:
+        skipped: Paths of the shards that have no row.
+    """
+
+    def __init__(
+        self, paths: Paths, context_length: int, batch_size: int, seed: int = 0, *, partial: bool = False
+    ) -> None:
+        check_sizes(context_length=context_length)
+        # Of a memory map, asarray is a plain view, which is quicker to slice.
+        self.shards = [np.asarray(open_token_file(path)) for path in paths]
         self.context_length = context_length
-        self.windows = TokenShards(long_enough, context_length)
-        self.sampler = _sampler(len(self.windows), batch_size, seed)
+        # Every token but the first of a shard is a target; those of a whole window, or of a last one that is shorter.
+        self.targets = np.array([max(0, len(shard) - 1) for shard in self.shards], dtype=np.int64)
+        shorter = context_length - 1 if partial else 0
+        self.counts = (self.targets + shorter) // context_length  # rows of each shard
+        self.ends = self.counts.cumsum()  # one past the number of the last row of each shard
+        self.skipped = [path for path, count in zip(paths, self.counts, strict=True) if not count]
+        if not len(self):
+            raise ValueError(
+                f"context_length is {context_length}, but the longest shard of the text has only "
+                f"{max(map(len, self.shards), default=0):,} tokens: give a smaller one, or more text"
+            )
+        self.sampler = _sampler(len(self), batch_size, seed)
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return int(self.counts.sum())
 
     def batch(self, number: int) -> list[int]:
         """Return the rows of batch `number`, counted through all epochs."""
         return self.sampler.batch(number)
 
+    def _window(self, row: int) -> np.ndarray:
+        """Return the tokens of a row, inputs and last target: at most (C + 1,)."""
+        shard = int(np.searchsorted(self.ends, row, side="right"))
+        row_of_shard = row - int(self.ends[shard] - self.counts[shard])
+        start = row_of_shard * self.context_length
+        return self.shards[shard][start : start + self.context_length + 1]
+
     def n_targets(self, rows: Sequence[int]) -> int:
         """Return how many targets the rows have."""
-        return self.context_length * len(rows)
+        return sum(len(self._window(row)) - 1 for row in rows)
 
     def tensors(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (inputs, targets) of the rows, int64 of shape (rows, context_length)."""
-        inputs, targets = zip(*(self.windows[row] for row in rows), strict=True)
-        return torch.stack(inputs), torch.stack(targets)
+        """Return (inputs, targets), int64 of shape (rows, longest), padded with 0 and `IGNORE`."""
+        windows = [self._window(row) for row in rows]
+        inputs = np.zeros((len(rows), max(map(len, windows)) - 1), dtype=np.int64)
+        targets = np.full_like(inputs, IGNORE)
+        for i, window in enumerate(windows):
+            inputs[i, : len(window) - 1], targets[i, : len(window) - 1] = window[:-1], window[1:]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def usage(self) -> Usage:
+        """Return how many tokens an epoch uses. The first token of a shard is never predicted."""
+        lengths = np.array([len(shard) for shard in self.shards])
+        short = lengths[self.counts == 0].sum()
+        targets = np.minimum(self.counts * self.context_length, self.targets).sum()
+        left_over = len(self) % self.sampler.batch_size
+        last = left_over * self.context_length
+        lost = {
+            f"in {counted(len(self.skipped), 'shard')} shorter than a window": short,
+            "at the ends of shards": lengths.sum() - short - targets,
+            f"in {counted(left_over, 'window')} of an unfilled batch (others in each epoch)": last,
+        }
+        return _usage(
+            f"{counted(len(self), 'window')} of {self.context_length:,} tokens", lengths.sum(), lost
+        )
 
 
 class DocumentRows:
@@ -122,6 +199,18 @@ class DocumentRows:
         """Return how many targets the rows have, padding not counted."""
         return int(np.minimum(self.lengths[rows], self.context_length).sum())
 
+    def usage(self) -> Usage:
+        """Return how many tokens an epoch uses."""
+        tokens, left_over = self.lengths.sum(), len(self) % self.sampler.batch_size
+        cut = np.maximum(self.lengths - self.context_length, 0)
+        n_cut = np.count_nonzero(cut)
+        last = round(left_over * (tokens - cut.sum()) / len(self))  # of documents of mean length
+        lost = {
+            f"behind the first {self.context_length:,} tokens of {counted(n_cut, 'document')}": cut.sum(),
+            f"in {counted(left_over, 'document')} of an unfilled batch (others in each epoch)": last,
+        }
+        return _usage(counted(len(self), "document"), tokens, lost)
+
     def tensors(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (inputs, targets), int64 of shape (rows, longest), padded with the end token and `IGNORE`."""
         lengths = np.minimum(self.lengths[rows], self.context_length)
@@ -146,7 +235,14 @@ def repeated_targets(inputs: torch.Tensor, targets: torch.Tensor, counted: torch
     return earlier & (targets != IGNORE) & counted[targets.clamp(min=0)]
 
 
+def _usage(rows: str, tokens: int, lost: dict[str, int]) -> Usage:
+    return Usage(rows, int(tokens), {where: int(number) for where, number in lost.items() if number})
+
+
 def _sampler(n_rows: int, batch_size: int, seed: int) -> ResumableSampler:
     if n_rows < batch_size:
-        raise ValueError(f"batch_size is {batch_size}, but the data have only {n_rows} rows")
+        raise ValueError(
+            f"batch_size is {batch_size}, but the data have only {n_rows} rows: give a smaller one, a shorter "
+            "context_length, or more text"
+        )
     return ResumableSampler(n_rows, batch_size, seed)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from shared.pretraining.divergence import COMPARED, Diverged, check_loss
 from shared.pretraining.evaluation import HeldOut, token_byte_lengths
-from shared.pretraining.log import RunLog, lock_folder
+from shared.pretraining.log import RunLog, lock_folder, write_usage
 from shared.pretraining.objective import Objective
 from shared.pretraining.options import Options
 from shared.pretraining.processes import Processes, hardware
+from shared.pretraining.rows import counted
 from shared.pretraining.saving import (
     check_same_run,
     gather_model,
@@ -34,9 +35,8 @@ from shared.pretraining.saving import (
 )
 from shared.pretraining.shards import load_encoding
 from shared.pretraining.start import build_model, check_batch_size, load_data, model_config, prepare_data
-from shared.pretraining.updates import Updates
+from shared.pretraining.updates import Updates, rate_factors
 from shared.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from shared.training.schedules import build_schedule
 from shared.weights.files import save_checkpoint_folder
 
 # A step whose loss has not been read yet: its number, this process's part of the loss and the norm of the gradients (on
@@ -73,25 +73,27 @@ class Run:
         check_batch_size(options, processes.world_size)
         self.encoding = load_encoding(options.tokenizer)
         self.config = model_config(options, self.encoding)
-        shape = {"decay": options.decay} if options.schedule == "wsd" else {}
-        schedule = build_schedule(options.schedule, options.steps, options.warmup_steps, **shape)
+        factors = rate_factors(asdict(options))
 
-        # The first process takes the folder and prepares the data; then all of them read the same files.
+        # The first process takes the folder; trained weights to begin with are read before the long work.
         self.lock = processes.on_first(lambda: lock_folder(self.folder))
+        is_new = latest_checkpoint(self.folder / "checkpoints") is None
+        self.model = build_model(options, self.config, processes.device, is_new)
+
+        # The first process prepares the data; then all of them read the same files.
         processes.on_first(lambda: prepare_data(options))
         data = load_data(options, self.config, self.encoding)
         self.shards, self.floor = data.shards, data.floor
         self.train_rows, self.validation_rows = data.train_rows, data.validation_rows
 
-        # The model with its updates, and on what it is judged.
-        is_new = latest_checkpoint(self.folder / "checkpoints") is None
-        self.model = build_model(options, self.config, processes.device, is_new)
+        # The model's updates, and on what it is judged.
         objective = Objective(
             options, self.encoding, self.train_rows, self.config.vocab_size, processes.device
         )
-        self.updates = Updates(options, processes, self.model, self.train_rows, objective, schedule)
+        self.updates = Updates(options, processes, self.model, self.train_rows, objective, factors)
         token_bytes = token_byte_lengths(self.encoding, self.config.vocab_size)
         self.held_out = HeldOut(options, self.validation_rows, token_bytes, self.floor)
+        self.usage = {"training": self.train_rows.usage(), "validation": self.held_out.usage()}
 
         # Where the run stands; `restore` goes on from a checkpoint.
         self.step = self.skipped = self.rollbacks = self.tokens = 0
@@ -108,6 +110,33 @@ class Run:
             self.log.close()
         if self.processes.rank == 0:
             self.log = RunLog(self.folder, self.step, self.options.tensorboard)
+            write_usage(self.folder, self.usage)
+
+    def say_what_it_does(self) -> None:
+        """Print what is trained on what, and how much of the text is used; warn where most of it is not."""
+        options, say = self.options, self.processes.say
+
+        # What was read, and how it is divided.
+        files = counted(self.shards.files, "file") if self.shards.files else "tales"
+        documents = counted(self.shards.counts["train"]["documents"], "document")
+        held_out = "; the end of each file is for validation" if self.shards.by_position else ""
+        say(f"data: {files}, {documents} for training{held_out}")
+        for side, usage in self.usage.items():
+            say(f"{side}: {usage}")
+            if usage.used < usage.tokens / 2:
+                say(f"WARNING: most of the text for {side} is not used. {self._advice()}")
+
+        # How long the run is.
+        steps_an_epoch = len(self.train_rows) // options.batch_size
+        say(
+            f"model: {self.model.n_parameters:,} parameters; {counted(steps_an_epoch, 'step')} an epoch, "
+            f"{options.steps:,} in all ({options.steps / steps_an_epoch:.3g} epochs), from step {self.step:,}"
+        )
+
+    def _advice(self) -> str:
+        if self.options.rows == "documents":
+            return "--rows windows uses all of it; a longer context_length uses more."
+        return "A shorter context_length, a smaller --batch-size or a larger --evaluation-rows uses more."
 
     def gradients(self) -> tuple[Tensor, int]:
         """Compute the gradients of this step; return this process's part of the loss, and the number of targets."""

@@ -16,7 +16,10 @@ from torch.optim import Optimizer
 
 from shared.pretraining.options import Options
 from shared.pretraining.processes import shard_like, whole
+from shared.pretraining.updates import rate_factors
 from shared.training.checkpoint import Checkpoint, load_model_state, model_state
+
+RATE_OPTIONS = ("steps", "schedule", "decay", "warmup_steps")  # on which the learning rates depend
 
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:
@@ -49,13 +52,34 @@ def scatter_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def check_same_run(path: Path, saved: Checkpoint, options: Options, data_sha256: str) -> None:
-    """Raise ValueError if a checkpoint is of a run with other data, or other options that must not change."""
+    """Raise ValueError if a checkpoint is of a run with other data, or other options that must not change.
+
+    A run may become longer or shorter, or end with another decay, as long as the updates that it has made had the
+    learning rates that they have now: so until the rate begins to fall.
+    """
+    if "options" not in saved.extra:
+        raise ValueError(f"{path} was not written by pretrain.py: choose another --out")
     before, now = saved.extra["options"], asdict(options)
     fixed = [each.name for each in fields(Options) if not each.metadata["free"]]
-    changed = [
-        f"{name} {before.get(name)!r}, now {now[name]!r}" for name in fixed if before.get(name) != now[name]
-    ]
-    if saved.extra["data"] != data_sha256:
-        changed.append("other data")
+    changed = {
+        name: f"{name} {before.get(name)!r}, now {now[name]!r}"
+        for name in fixed
+        if before.get(name) != now[name]
+    }
+    if changed.keys() & set(RATE_OPTIONS):
+        if now["steps"] < saved.step:
+            changed["rates"] = f"{saved.step} steps are done"
+        elif not _had_equal_rates(before, now, saved.step):
+            changed["rates"] = f"the {saved.step} steps done would have had other learning rates"
+        else:
+            changed = {name: text for name, text in changed.items() if name not in RATE_OPTIONS}
+    if saved.extra.get("data") != data_sha256:
+        changed["data"] = changed.get("data", "other data")
     if changed:
-        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
+        raise ValueError(f"{path} is of another run ({'; '.join(changed.values())}): choose another --out")
+
+
+def _had_equal_rates(before: Mapping[str, Any], now: Mapping[str, Any], n_steps: int) -> bool:
+    """Return whether the first updates have the same learning rates by both options."""
+    factors = rate_factors(before), rate_factors(now)
+    return all(factors[0](step) == factors[1](step) for step in range(n_steps))

@@ -1,6 +1,7 @@
 """Text files to token shards on disk: tokenized once, in parallel, in bounded memory, and continued after a stop.
 
-The files are cut into jobs of about equal size. Each job writes `train-*.npy` and `validation-*.npy` (files of
+A file has the tokens of its text with \\n as line end, whatever its own are, and without a byte-order mark. The files
+are cut into jobs of about equal size. Each job writes `train-*.npy` and `validation-*.npy` (files of
 `shared.text.dataset.write_token_file`, every document followed by the end token) and then a small `job-*.json`, which
 says that the job is done. A killed run leaves the finished jobs; the next run does the others. The folder's name
 holds a checksum of everything that the result depends on, so changed texts or settings get a new folder.
@@ -9,13 +10,17 @@ Left out: cleaning and removal of duplicates (`shared.text.cleaning`), files tha
 that write into one folder at the same time.
 """
 
+import codecs
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,13 +30,25 @@ import tiktoken
 
 from shared.checks import check_between, check_sizes
 from shared.data.download import gpt2_encoding
-from shared.pretraining.stretches import HEAD_BYTES, Stretch, head_of, pieces, plan_jobs
+from shared.pretraining.files import find_text_files
+from shared.pretraining.stretches import (
+    HEAD_BYTES,
+    Part,
+    Stretch,
+    head_of,
+    pieces,
+    plan_jobs,
+    split_by_position,
+    with_unix_line_ends,
+)
 from shared.tales.encoding import tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.text.dataset import encode_documents, write_token_file
 from shared.text.tokenizer import BPETokenizer
 
 SIDES = ("train", "validation")
+READER = 2  # another way to read files gets another number, so that it does not find shards of the old one
+MOST_WORKERS = 61 if sys.platform == "win32" else 1024  # Windows cannot wait for more
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,8 @@ class TextShards:
         counts: For each side "tokens" (end tokens included) and "documents".
         sha256: Checksum of the training tokens.
         floor: For tales the mean of -log p of the validation stories in nats, otherwise None.
+        files: Text files that were read.
+        by_position: Whether the end of each file is for validation, because there are too few documents.
     """
 
     folder: Path
@@ -52,6 +71,8 @@ class TextShards:
     counts: dict[str, dict[str, int]]
     sha256: str
     floor: float | None = None
+    files: int = 0
+    by_position: bool = False
 
 
 def load_encoding(tokenizer: str) -> tiktoken.Encoding:
@@ -72,27 +93,11 @@ def load_encoding(tokenizer: str) -> tiktoken.Encoding:
         raise ValueError(f"tokenizer {tokenizer} cannot be read: {error.strerror}") from error
 
 
-def find_text_files(paths: Sequence[str | os.PathLike], pattern: str = "*.txt") -> list[Path]:
-    """Return the files among `paths`, and those below its folders whose name fits `pattern`, sorted within each.
-
-    Raises:
-        ValueError: A path is neither file nor folder, a folder has no such file, or a file cannot be opened.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            below = sorted(file for file in path.rglob(pattern) if file.is_file())
-            if not below:
-                raise ValueError(f"{path} holds no file that fits {pattern!r}")
-            found += below
-        else:
-            found.append(path)
-    for path in found:
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    return found
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def tokenize(
@@ -104,7 +109,7 @@ def tokenize(
     separator: str | None = None,
     pattern: str = "*.txt",
     seed: int = 0,
-    workers: int = 1,
+    workers: int | None = 1,
     job_bytes: int = 1 << 26,
 ) -> TextShards:
     """Tokenize text files into shards below `folder`; what an earlier call has done is not done again.
@@ -114,47 +119,96 @@ def tokenize(
         folder: The shards get a folder of their own in it.
         tokenizer: As for `load_encoding`.
         validation_fraction: Share of the documents for validation, chosen by a checksum of their first 4,096 bytes:
-            equal documents land on the same side.
+            equal documents land on the same side. Where that is less than one file, or leaves nothing on one side, it
+            is the last share of each file.
         separator: What stands between two documents of a file; None: a file is one document.
         pattern: Which files of a folder are read.
         seed: Another seed chooses other documents for validation.
-        workers: Processes. Each holds a few MB of text.
+        workers: Processes. Each holds a few MB of text. None: one for each CPU that this process may use.
         job_bytes: Text of one job and of one shard.
 
     Raises:
-        ValueError: A bad argument, or a file that cannot be read or is not UTF-8. Finished jobs are kept.
+        ValueError: A bad argument, or a file that cannot be read, tokenized or is not UTF-8. Finished jobs are kept.
+        OSError: A process that tokenizes was ended from outside.
     """
     check_between("validation_fraction", validation_fraction, 0, 1)
     if separator == "":
         raise ValueError("separator is empty; leave it out where a file is one document")
+    if separator is not None:
+        separator = with_unix_line_ends(separator.encode()).decode()
+    workers = usable_cpus() if workers is None else workers
     check_sizes(workers=workers, job_bytes=job_bytes)
-    # The folder's name stands for all that the result depends on: the settings, and the files as they are now.
     files = find_text_files(paths, pattern)
+
+    def divided(by_position: bool) -> TextShards:
+        settings = (tokenizer, validation_fraction, separator, seed)
+        return _tokenize_files(files, folder, settings, by_position, workers, job_bytes)
+
+    # A few large files are divided each; many small ones stay whole.
+    is_divided = 0 < validation_fraction < 1
+    if is_divided and separator is None and validation_fraction * len(files) < 1:
+        return divided(by_position=True)
+    shards = divided(by_position=False)
+    if is_divided and not (shards.train and shards.validation):
+        return divided(by_position=True)
+    return shards
+
+
+def _tokenize_files(
+    files: list[Path],
+    folder: str | os.PathLike,
+    settings: tuple[str, float, str | None, int],
+    by_position: bool,
+    workers: int,
+    job_bytes: int,
+) -> TextShards:
+    """Do what `tokenize` says with one way to divide the text; `settings` are tokenizer, fraction, separator, seed."""
+    # The folder's name stands for all that the result depends on: the settings, and the files as they are now.
+    tokenizer, fraction, *others = settings
     stats = [(str(file.resolve()), file.stat()) for file in files]
-    settings = [_fingerprint(load_encoding(tokenizer)), validation_fraction, separator, seed, job_bytes]
-    target = _folder_for(folder, [settings, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
+    found = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    result = [READER, _fingerprint(load_encoding(tokenizer)), fraction, *others, by_position, job_bytes]
+    target = _folder_for(folder, [result, found])
 
     # What an earlier call has left to do.
-    jobs = plan_jobs([(path, stat.st_size) for path, stat in stats], job_bytes)
-    work = partial(_run_job, target, tokenizer, validation_fraction, separator, seed)
+    parts = []
+    for path, size, _ in found:
+        if by_position:
+            middle = split_by_position(path, size, fraction)
+            parts += [Part(path, 0, middle, "train"), Part(path, middle, size, "validation")]
+        else:
+            parts.append(Part(path, 0, size))
+    jobs = plan_jobs(parts, job_bytes)
+    work = partial(_run_job, target, *settings)
     open_jobs = [(n, job) for n, job in enumerate(jobs) if not (target / f"job-{n:05d}.json").exists()]
 
     # In this process, or in several that are started for it.
-    if workers == 1 or len(open_jobs) < 2:
+    workers = min(workers, len(open_jobs), MOST_WORKERS)
+    if workers < 2:
         for number, job in open_jobs:
             work(number, job)
     else:
-        # "spawn" because a fork would copy the threads of torch in an unknown state.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-            futures = [pool.submit(work, number, job) for number, job in open_jobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return _collect(target, len(jobs))
+        _work_in_processes(work, open_jobs, workers)
+    return _collect(target, len(jobs), len(files), by_position)
+
+
+def _work_in_processes(work: partial[None], open_jobs: list[tuple[int, list[Stretch]]], workers: int) -> None:
+    """Do all jobs in processes of their own."""
+    # "spawn" because a fork would copy the threads of torch in an unknown state.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        futures = [pool.submit(work, number, job) for number, job in open_jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that tokenizes was ended from outside (too little memory for so many workers?); "
+                "finished jobs are kept"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def tokenize_tales(
@@ -231,36 +285,65 @@ def _encode_job(
 ) -> Iterator[list[int]]:
     """Yield the token ids of the documents of one side, piece by piece, and count them."""
     for stretch in job:
-        path = stretch[0]
+        part = stretch.part
+        if part.side not in (None, side):
+            continue
         # A stretch in the middle of a file goes on with a document that has text already.
-        goes_on = separator is None and stretch[1] > 0
+        goes_on = separator is None and stretch.start > part.first
         wanted, is_first, has_text = True, True, goes_on
         for piece, ends in pieces(stretch, separator):
             # The beginning of a document decides the side of all of it, in each stretch of a file alike.
             if is_first:
-                head = piece[:HEAD_BYTES] if separator is not None else head_of(path)
-                digest = hashlib.sha256(f"{seed}\0".encode() + head).digest()
-                held_out = int.from_bytes(digest[:8], "big") < fraction * 2**64
-                wanted, has_text = held_out == (side == "validation"), goes_on
+                wanted = part.side == side
+                if part.side is None:
+                    head = piece[:HEAD_BYTES] if separator is not None else head_of(part.path)
+                    digest = hashlib.sha256(f"{seed}\0".encode() + head).digest()
+                    held_out = int.from_bytes(digest[:8], "big") < fraction * 2**64
+                    wanted = held_out == (side == "validation")
+                has_text = goes_on
             is_first = ends
             if not wanted:
                 continue
 
             # Its tokens, and an end token behind those of its last piece. Empty documents are left out.
-            try:
-                text = piece.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 text ({error.reason}: {error.object[error.start]:#x})"
-                ) from None
+            text = _decode(piece, part.path)
             has_text |= not text.isspace() and text != ""
-            ids = encoding.encode_ordinary(text) if has_text else []
+            ids = _encode(encoding, text, part.path) if has_text else []
             if ends and has_text:
                 ids.append(encoding.eot_token)
                 counts["documents"] += 1
             counts["tokens"] += len(ids)
             if ids:
                 yield ids
+
+
+def _decode(piece: bytes, path: str) -> str:
+    """Return the text of a piece; ValueError that names the file if it is not UTF-8."""
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"{error.reason}: {error.object[error.start]:#x}"
+    if head_of(path).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        reason = "it begins like UTF-16: save it as UTF-8"
+    raise ValueError(f"{path} is not UTF-8 text ({reason})")
+
+
+def _encode(encoding: tiktoken.Encoding, text: str, path: str) -> list[int]:
+    """Return the token ids of a text; ValueError that names the file if the tokenizer fails.
+
+    tiktoken may panic, as on a million white spaces in a row. A Rust panic is no Exception, and cannot be sent from one
+    process to another.
+    """
+    try:
+        return encoding.encode_ordinary(text)
+    except BaseException as error:
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).partition("\n")[0]
+    raise ValueError(
+        f"{path} cannot be tokenized: tiktoken fails on a piece of {len(text):,} characters ({reason}); is there a "
+        "very long run of one character, such as spaces?"
+    )
 
 
 def _write_job(target: Path, number: int, content: dict) -> None:
@@ -276,7 +359,7 @@ def _write_job(target: Path, number: int, content: dict) -> None:
     os.replace(part, path)
 
 
-def _collect(target: Path, n_jobs: int) -> TextShards:
+def _collect(target: Path, n_jobs: int, n_files: int = 0, by_position: bool = False) -> TextShards:
     counts = {side: {"tokens": 0, "documents": 0} for side in SIDES}
     floor, checksum = None, hashlib.sha256()
     for number in range(n_jobs):
@@ -287,12 +370,15 @@ def _collect(target: Path, n_jobs: int) -> TextShards:
             for key in counts[side]:
                 counts[side][key] += done[side][key]
     train, validation = (sorted(target.glob(f"{side}-*.npy")) for side in SIDES)
-    return TextShards(target, train, validation, counts, checksum.hexdigest(), floor)
+    return TextShards(target, train, validation, counts, checksum.hexdigest(), floor, n_files, by_position)
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when the main process is killed; without this it would wait for work for ever."""
+    """Let a worker end when the main process is killed, and without a word when the user stops both.
 
+    Without this it would wait for work for ever.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

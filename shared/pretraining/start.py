@@ -7,7 +7,7 @@ Left out: the cutting of texts into shards (`shared.pretraining.shards`) and of 
 (`shared.pretraining.rows`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import tiktoken
@@ -16,6 +16,7 @@ from torch import nn
 
 from shared.model.attention import MultiHeadAttention
 from shared.model.gpt import GPTConfig, GPTModel
+from shared.pretraining.files import find_text_files
 from shared.pretraining.options import Options
 from shared.pretraining.rows import DocumentRows, WindowRows
 from shared.pretraining.shards import TextShards, tokenize, tokenize_tales
@@ -55,8 +56,11 @@ def model_config(options: Options, encoding: tiktoken.Encoding) -> GPTConfig:
 
     Raises:
         ValueError: The vocabulary is smaller than the tokenizer's, or another number is not allowed.
-        TypeError: An option that the configuration does not have.
+        TypeError: A number where a word is needed, for one.
     """
+    known = [each.name for each in fields(GPTConfig)]
+    if unknown := sorted(options.model.keys() - known):
+        raise ValueError(f"model has no option {unknown[0]!r}; allowed: {', '.join(known)}")
     changes = {"vocab_size": encoding.n_vocab} | options.model
     config = GPTConfig.preset(options.preset, **changes)
     if config.vocab_size < encoding.n_vocab:
@@ -93,21 +97,34 @@ def prepare_data(options: Options) -> tuple[TextShards, list[Path]]:
             separator=options.separator,
             pattern=options.pattern,
             seed=options.seed,
-            workers=options.workers,
+            workers=options.workers or None,
         )
 
+    _check_held_out(options)
     shards = tokenized(options.data, 0.0 if options.validation_data else options.validation_fraction)
     held_out = shards.validation
     if options.validation_data:
         held_out = tokenized(options.validation_data, 1.0).validation
 
-    # A small corpus may have all its documents on one side.
+    # Nothing but white space has no tokens, and a text of one character cannot be divided.
+    if not (shards.train or held_out):
+        raise ValueError("the text files are empty")
     for side, paths in (("training", shards.train), ("validation", held_out)):
         if not paths:
-            raise ValueError(
-                f"no document is left for {side}: see --separator, --validation-fraction, --validation-data"
-            )
+            raise ValueError(f"no text is left for {side}: see --validation-fraction and --validation-data")
     return shards, held_out
+
+
+def _check_held_out(options: Options) -> None:
+    """Raise ValueError if a file is for training and for validation."""
+    train, held_out = (
+        {path.resolve() for path in find_text_files(paths, options.pattern)}
+        for paths in (options.data, options.validation_data)
+    )
+    if both := sorted(train & held_out):
+        raise ValueError(
+            f"{both[0]} is in data and in validation_data; a model is judged by text that it has not seen"
+        )
 
 
 def load_data(options: Options, config: GPTConfig, encoding: tiktoken.Encoding) -> RunData:
@@ -118,10 +135,11 @@ def load_data(options: Options, config: GPTConfig, encoding: tiktoken.Encoding) 
     """
     shards, validation = prepare_data(options)
 
-    # Both sides are cut into rows in the same way.
+    # Both sides are cut into rows in the same way, only that every token that is held out counts.
     def rows_of(paths: list[Path], batch_size: int) -> DocumentRows | WindowRows:
         if options.rows == "windows":
-            return WindowRows(paths, config.context_length, batch_size, options.seed)
+            is_judged = paths is validation
+            return WindowRows(paths, config.context_length, batch_size, options.seed, partial=is_judged)
         return DocumentRows(
             paths,
             config.context_length,

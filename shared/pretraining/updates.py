@@ -5,8 +5,9 @@ process holds only one part's activations at a time. The gradients are those of 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,21 @@ from shared.pretraining.options import Options
 from shared.pretraining.processes import Processes, share_gradients, whole
 from shared.pretraining.rows import DocumentRows, WindowRows
 from shared.training.optimizers import build_optimizers, set_learning_rates
+from shared.training.schedules import build_schedule
+
+
+def rate_factors(options: Mapping[str, Any]) -> Callable[[int], float]:
+    """Return the function from the number of updates done to the factor on the peak learning rates.
+
+    The first step of a warm-up is not lost. Raises ValueError if the options do not fit each other.
+
+    Args:
+        options: Of the run, by name.
+    """
+    shape = {"decay": options["decay"]} if options["schedule"] == "wsd" else {}
+    n_warmup = options["warmup_steps"]
+    schedule = build_schedule(options["schedule"], options["steps"], n_warmup, **shape)
+    return lambda step: schedule(step + (step < n_warmup))
 
 
 class Updates:
@@ -29,7 +45,7 @@ class Updates:
         model: On its device. Where there are several processes, it is prepared for them; with "fsdp" in place.
         train_rows: The training rows.
         objective: What is minimized.
-        schedule: From the number of updates done to the factor on the peak learning rates.
+        factors: Of `rate_factors`.
 
     Attributes:
         forward: What is called in the place of the model.
@@ -43,10 +59,10 @@ class Updates:
         model: GPTModel,
         train_rows: DocumentRows | WindowRows,
         objective: Objective,
-        schedule: Callable[[int], float],
+        factors: Callable[[int], float],
     ) -> None:
         self.options, self.processes, self.model = options, processes, model
-        self.train_rows, self.objective, self.schedule = train_rows, objective, schedule
+        self.train_rows, self.objective, self.factors = train_rows, objective, factors
         self.forward = processes.parallelize(model, options.parallel)
         self.optimizers = build_optimizers(
             model,
@@ -113,8 +129,7 @@ class Updates:
             This process's part of the loss and the norm of all gradients, both on the device; the learning rate; and
             the number of targets.
         """
-        warming = step < self.options.warmup_steps  # the first step of a warm-up is not to be lost
-        set_learning_rates(self.optimizers, self.schedule(step + warming))
+        set_learning_rates(self.optimizers, self.factors(step))
         loss, n_targets = self.gradients(step, number)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf)
         for optimizer in self.optimizers:

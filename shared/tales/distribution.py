@@ -84,7 +84,8 @@ def expected_loss(logits: Tensor, stories: Iterable[NextTokens]) -> tuple[Tensor
         stories: What may come next in each row. Positions after a story count for nothing.
 
     Raises:
-        ValueError: The number of stories is not that of the rows, or a story is longer than a row.
+        ValueError: The number of stories is not that of the rows, a story is longer than a row, or the model's
+            vocabulary is smaller than the tokenizer's.
     """
     rows, length = logits.shape[:2]
     stories = list(stories)
@@ -95,6 +96,10 @@ def expected_loss(logits: Tensor, stories: Iterable[NextTokens]) -> tuple[Tensor
         )
     places = [row * length + np.arange(len(story.counts)) for row, story in enumerate(stories)]
     counts = [story.counts for story in stories]
+    if logits.shape[2] < tale_encoding().n_vocab:
+        raise ValueError(
+            f"logits must be of at least the tokenizer's {tale_encoding().n_vocab} tokens, got {logits.shape[2]}"
+        )
     place = torch.from_numpy(np.repeat(np.concatenate(places), np.concatenate(counts)))
     ids = torch.from_numpy(np.concatenate([story.ids for story in stories]))
     weights = torch.from_numpy(np.concatenate([story.probabilities for story in stories]))

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from shared.checks import plain_number, require
 from shared.data.corpus import DATA
 from shared.tales.grammar import Grammar
 from shared.tales.nodes import Entry, Fork, Mention, Node, Plan, Text
@@ -54,10 +55,10 @@ class TaleGenerator:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed must be an int, got {seed!r}")
+        number = plain_number(seed)
+        require("seed", seed, isinstance(number, int), "an int")
         # Only random() is used: the other methods of Random may change between Python versions.
-        self._random = random.Random(seed).random
+        self._random = random.Random(number).random
         self._grammar = grammar()
         self._plans = list(self._grammar.plans.values())
 

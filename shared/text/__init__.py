@@ -1,8 +1,11 @@
 """From raw text to batches of ids. In reading order:
 
+- `mojibake`: repair text that was read with the wrong encoding.
+- `markup`: take HTML out of text.
 - `cleaning`: repair, trim, judge and de-duplicate raw text.
 - `simple_tokenizer`: words and punctuation as tokens.
-- `tokenizer`: byte pair encoding, training included.
+- `merges`: the two algorithms of byte pair encoding, learning merges and carrying them out.
+- `tokenizer`: byte pair encoding of text, with special tokens, streams and files.
 - `dataset`: windows, targets, batches, token files larger than memory.
 - `skipgram`: vectors of words learned from their neighbours.
 - `dates`: written dates and their ISO form, the small translation task of chapter 3.

@@ -8,84 +8,26 @@ of bytes, parsing HTML, recognising languages, anything learned, and anything la
 Explained and proven in ch02_text_data/01_cleaning.ipynb; written from there by `make promote`.
 """
 
-import html
 import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from hashlib import blake2b
-from html.entities import html5
-from itertools import combinations
+from itertools import combinations, groupby, product
 
 import numpy as np
+import regex
 
 from shared.checks import check_choice, check_several, check_sizes, check_text, require
-
-# The byte behind each character that a wrong decoder made; Windows-1252 leaves five bytes to Latin-1.
-BYTE_OF = {chr(byte): byte for byte in range(0x80, 0x100)} | {
-    bytes([byte]).decode("cp1252", "ignore") or chr(byte): byte for byte in range(0x80, 0xA0)
-}
-_REST = "[" + "".join(re.escape(char) for char, byte in BYTE_OF.items() if byte < 0xC0) + "]"
-_TWO = f"[\xc2-\xc5\xce-\xd1\xd7-\xdb]{_REST}"  # Latin, Greek, Cyrillic, Hebrew, Arabic
-_TWICE = "Æ’|Ë[†œ]"  # ƒ, ˆ and ˜, which a second wrong decoding meets
-MOJIBAKE = re.compile(f"(?:{_TWICE}|{_TWO}|[\xe0-\xef]{_REST}{{2}}|\xf0{_REST}{{3}})+")
-CLOSING_MARKS = frozenset("…’”“»›–—™®ªº·\xa0")
-
-
-def fix_mojibake(text: str) -> str:
-    """Repair UTF-8 that was decoded as Windows-1252 or Latin-1, up to three times over.
-
-    A lone sequence that can be genuine stays: a letter at the end of a word, and closing marks, such as the
-    last two of “MAÇÔ. Narrower than ftfy: no other encodings, no sequence that lost a byte.
-    """
-    for _ in range(3):
-        text = MOJIBAKE.sub(_repair, text)
-    return text
-
-
-def _repair(match: re.Match[str]) -> str:
-    broken, text = match[0], match.string
-    try:
-        repaired = bytes(BYTE_OF[char] for char in broken).decode("utf-8")
-    except UnicodeDecodeError:
-        return broken
-    if len(repaired) > 1 or broken[0] == "Â" or not CLOSING_MARKS.issuperset(broken[1:]):
-        return repaired  # no word of any language ends in Â
-    before, after = text[max(0, match.start() - 1) : match.start()], text[match.end() : match.end() + 1]
-    if before.isalpha():
-        return broken if before.isupper() == broken[0].isupper() else repaired
-    # A letter by itself in quotation marks is genuine. Ð never stands alone; Ã with U+00A0 is à.
-    return repaired if after.isalpha() or broken[0] == "Ð" or broken[1] == "\xa0" else broken
-
-
-_BLOCK = "p|div|hr|li|ul|ol|tr|table|h[1-6]|blockquote|section|article|header|footer|title|body|head|html"
-_INLINE = "a|b|i|u|s|em|strong|span|small|sub|sup|code|img|td|th|font|meta|link|input|button|label"
-_ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?"""
-INVISIBLE_HTML = re.compile(r"(?is)<!--.*?-->|<!doctype[^>]*>|<(script|style)\b[^>]*>.*?</\1\s*>")
-LINE_BREAK = re.compile(r"(?i)<br\s*/?>\n?")
-BLOCK_TAG = re.compile(rf"(?i)</?(?:{_BLOCK}){_ATTRIBUTES}>")
-INLINE_TAG = re.compile(rf"(?i)</?(?:{_INLINE}){_ATTRIBUTES}>")
-CHARACTER_REFERENCE = re.compile(r"&([A-Za-z][A-Za-z0-9]*;|#[0-9]{1,7};|#[xX][0-9A-Fa-f]{1,6};)")
-
-
-def unescape_html(text: str) -> str:
-    """Remove HTML tags and comments, then replace character references such as `&eacute;`, once.
-
-    Only known elements are tags, and only references that end in a semicolon are replaced, by the table of the
-    standard library. A block element leaves an empty line. This is no parser.
-    """
-    for pattern, instead in ((INVISIBLE_HTML, ""), (LINE_BREAK, "\n"), (BLOCK_TAG, "\n\n"), (INLINE_TAG, "")):
-        text = pattern.sub(instead, text)
-    return CHARACTER_REFERENCE.sub(
-        lambda found: html.unescape(found[0]) if "#" in found[0] else html5.get(found[1], found[0]), text
-    )
-
+from shared.text.markup import unescape_html
+from shared.text.mojibake import fix_mojibake
 
 INVISIBLE = dict.fromkeys(
     [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"]
     + [0x00AD, 0x200B, 0x2060, 0xFEFF]  # soft hyphen, zero-width space, word joiner, byte order mark
 ) | dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
+MANY_MARKS = regex.compile(r"\p{M}{32,}+")  # no language writes so many on one letter
 
 
 def normalize_newlines(text: str) -> str:
@@ -104,19 +46,27 @@ def remove_control_characters(text: str) -> str:
 
 def normalize_unicode(text: str) -> str:
     """Return the text in Unicode's form NFC (UAX 15): a letter and its marks as one character where one exists."""
-    return unicodedata.normalize("NFC", text)
+    return unicodedata.normalize("NFC", MANY_MARKS.sub(_in_order, text))
+
+
+def _in_order(marks: re.Match[str]) -> str:
+    """Decompose and sort a long run of marks as the standard asks; Python's own sort of them is quadratic."""
+    decomposed = "".join(unicodedata.normalize("NFD", mark) for mark in marks[0])
+    runs = groupby(decomposed, key=lambda mark: unicodedata.combining(mark) > 0)
+    return "".join("".join(sorted(run, key=unicodedata.combining)) for _, run in runs)
 
 
 def drop_repeated_lines(text: str, minimum_words: int = 5) -> str:
     """Drop a line that equals the last non-empty line before it, if it has at least `minimum_words` words."""
     kept: list[str] = []
+    filled = None  # the place of the last non-empty line
     for line in text.split("\n"):
-        previous = next((earlier for earlier in reversed(kept) if earlier.strip()), None)
-        if line == previous and len(line.split()) >= minimum_words:
-            while not kept[-1].strip():  # the empty lines between the two go as well
-                kept.pop()
-        else:
-            kept.append(line)
+        if filled is not None and line == kept[filled] and len(line.split()) >= minimum_words:
+            del kept[filled + 1 :]  # the empty lines between the two go as well
+            continue
+        if line.strip():
+            filled = len(kept)
+        kept.append(line)
     return "\n".join(kept)
 
 
@@ -124,7 +74,7 @@ def collapse_blank(text: str) -> str:
     """Leave one space within a line, none at its end, and at most one empty line; indentation stays."""
     text = text.replace("\xa0", " ")
     text = re.sub(r"(?<=\S)[ \t]+", " ", text)
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"(?<![ \t])[ \t]++$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
@@ -134,7 +84,7 @@ def remove_boilerplate(documents: Sequence[str], minimum_share: float = 0.3, edg
     Many means three, and at least `minimum_share` of the documents; digits count as equal ("Page 7"). An edge is
     the first and the last `edge` non-empty lines. Raises ValueError for a share not in (0, 1] or an edge below 1.
     """
-    _check_documents(documents)
+    documents = _check_documents(documents)
     _check_share("minimum_share", minimum_share)
     check_sizes(edge=edge)
     counts: Counter[str] = Counter()
@@ -149,10 +99,12 @@ def remove_boilerplate(documents: Sequence[str], minimum_share: float = 0.3, edg
     return ["\n".join(lines).strip("\n") for lines in kept]
 
 
-def _check_documents(documents: Iterable[str]) -> None:
+def _check_documents(documents: Iterable[str]) -> list[str]:
     check_several("documents", documents)
+    documents = list(documents)
     for number, document in enumerate(documents):
         check_text(f"documents[{number}]", document)
+    return documents
 
 
 def _check_share(name: str, share: float) -> None:
@@ -184,7 +136,7 @@ def shingles(text: str, n: int = 5) -> set[str]:
     return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
 
 
-def jaccard(first: set[str], second: set[str]) -> float:
+def jaccard(first: Set[str], second: Set[str]) -> float:
     """Return the size of the intersection over that of the union; 1 for two empty sets."""
     return len(first & second) / len(first | second) if first or second else 1.0
 
@@ -201,8 +153,13 @@ def minhash_signature(items: Iterable[str], permutations: int = 128, seed: int =
     factor, offset = generator.integers(1, prime, (2, permutations, 1), dtype=np.uint64)
     digests = [blake2b(item.encode("utf-8", "surrogatepass"), digest_size=8).digest() for item in items]
     hashes = np.array([int.from_bytes(digest) % prime for digest in digests], dtype=np.uint64)
-    permuted = (factor * hashes + offset) % np.uint64(prime)  # (permutations, items)
-    return permuted.min(axis=1, initial=prime)
+    signature = np.full(permutations, prime, dtype=np.uint64)
+    for start in range(0, len(hashes), 4096):  # in blocks, as a long document would need much memory
+        permuted = (factor * hashes[start : start + 4096] + offset) % np.uint64(
+            prime
+        )  # (permutations, items)
+        signature = np.minimum(signature, permuted.min(axis=1))
+    return signature
 
 
 def candidate_probability(similarity: float, rows: int, bands: int) -> float:
@@ -218,35 +175,57 @@ def rows_per_band(threshold: float, permutations: int, recall: float = 0.99) -> 
     )
 
 
+def _bands(items: Set[str], threshold: float) -> list[tuple[int, bytes]]:
+    """Return the buckets of a set: the number and the content of each band of its signature."""
+    bands = minhash_signature(items).reshape(-1, rows_per_band(threshold, 128))  # (bands, rows)
+    return [(number, band.tobytes()) for number, band in enumerate(bands)]
+
+
 def near_duplicates(documents: Sequence[str], threshold: float = 0.8) -> list[tuple[int, int, float]]:
     """Return pairs of documents whose sets of five-word shingles have a Jaccard similarity of `threshold` or more.
 
     Bands of MinHash signatures propose the pairs, and the exact similarity decides. A pair at the threshold is
-    missed in at most 1 of 100 cases, a more similar one less often; below a threshold of 0.04 more are missed.
+    missed in at most 1 of 100 cases, a more similar one less often; below a threshold of 0.04 more are missed. The
+    answer has a row for each pair: k copies of one text make k (k - 1) / 2, which `deduplicate` avoids.
     Raises ValueError for a threshold not in (0, 1], TypeError for documents that are no strings.
     """
-    _check_documents(documents)
+    documents = _check_documents(documents)
     _check_share("threshold", threshold)
-    sets = [shingles(document) for document in documents]
-    buckets = defaultdict(list)
-    for number, items in enumerate(sets):
-        bands = minhash_signature(items).reshape(-1, rows_per_band(threshold, 128))  # (bands, rows)
-        for position, band in enumerate(bands):
-            buckets[position, band.tobytes()].append(number)
-    candidates = {pair for members in buckets.values() for pair in combinations(members, 2)}
-    scored = [(i, j, jaccard(sets[i], sets[j])) for i, j in sorted(candidates)]
-    return [pair for pair in scored if pair[2] >= threshold]
+    # Documents with equal shingles are one set, which is compared once.
+    copies, buckets = defaultdict(list), defaultdict(list)
+    for number, document in enumerate(documents):
+        copies[frozenset(shingles(document))].append(number)
+    for items in copies:
+        for band in _bands(items, threshold):
+            buckets[band].append(items)
+    pairs = [(i, j, 1.0) for numbers in copies.values() for i, j in combinations(numbers, 2)]
+    for one, two in {pair for members in buckets.values() for pair in combinations(members, 2)}:
+        if (similarity := jaccard(one, two)) >= threshold:
+            pairs += [(min(i, j), max(i, j), similarity) for i, j in product(copies[one], copies[two])]
+    return sorted(pairs)
 
 
 def deduplicate(documents: Sequence[str], threshold: float = 0.8) -> list[int]:
-    """Return the numbers of the documents to keep: each that is no near-duplicate of one kept before it."""
-    dropped: set[int] = set()
-    for i, j, _ in near_duplicates(
-        documents, threshold
-    ):  # in the order of i, so whether i is kept is settled
-        if i not in dropped:
-            dropped.add(j)
-    return [number for number in range(len(documents)) if number not in dropped]
+    """Return the numbers of the documents to keep: each that is no near-duplicate of one kept before it.
+
+    Each is compared with kept ones only, so that copies of one text, exact or near, cost no more than other texts.
+    Texts whose similarity is a little below the threshold are all kept, and compared with each other.
+    """
+    documents = _check_documents(documents)
+    _check_share("threshold", threshold)
+    seen, kept, buckets = set(), {}, defaultdict(list)  # kept: from number to shingles
+    for number, document in enumerate(documents):
+        items = frozenset(shingles(document))
+        if items in seen:
+            continue
+        seen.add(items)
+        bands = _bands(items, threshold)
+        candidates = {other for band in bands for other in buckets.get(band, ())}
+        if not any(jaccard(items, kept[other]) >= threshold for other in candidates):
+            kept[number] = items
+            for band in bands:
+                buckets[band].append(number)
+    return list(kept)
 
 
 STOP_WORDS = frozenset(
@@ -290,8 +269,7 @@ def contaminated(test_documents: list[str], training_documents: list[str], n: in
     Case and punctuation are ignored, as for GPT-3 (Brown and others, 2020, appendix C). A document of fewer than
     `n` words cannot be judged: its share is nan. Raises ValueError for `n` below 1, TypeError for no strings.
     """
-    _check_documents(test_documents)
-    _check_documents(training_documents)
+    test_documents, training_documents = map(_check_documents, (test_documents, training_documents))
     runs = [{run for run in shingles(text, n) if run.count(" ") == n - 1} for text in test_documents]
     wanted, found = set().union(*runs), set()
     for document in training_documents:

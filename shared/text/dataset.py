@@ -1,4 +1,5 @@
-"""From token ids to batches: windows with targets, splits, token files, orders that can be resumed.
+"""From token ids to batches: windows with targets, splits, token files, orders that can be resumed, random
+draws.
 
 An example is a window of context_length tokens, C, and the same window one position later. Ids are never
 copied as a whole, so a memory-mapped file larger than memory serves as well as a list. Bad arguments
@@ -76,6 +77,17 @@ class TokenDataset(Dataset):
         window = self.ids[start : start + self.context_length + 1]  # (C + 1,)
         return torch.from_numpy(window[:-1].astype(np.int64)), torch.from_numpy(window[1:].astype(np.int64))
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is pickled: of ids in a memory map only where they are."""
+        place = _mapped_place(self.ids)
+        return self.__dict__ if place is None else {**self.__dict__, "ids": place}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take up what was pickled, mapping the file anew; OSError or ValueError if it has gone or is shorter."""
+        self.__dict__.update(state)
+        if isinstance(self.ids, dict):
+            self.ids = np.asarray(np.memmap(**self.ids))
+
 
 def encode_documents(
     documents: Iterable[str], encode: Callable[[str], Sequence[int]], end_of_text_id: int
@@ -108,7 +120,7 @@ def join_documents(
 
 
 def split_documents(
-    documents: Sequence[str], validation_fraction: float = 0.1, seed: int = 0
+    documents: Iterable[str], validation_fraction: float = 0.1, seed: int = 0
 ) -> tuple[list[str], list[str]]:
     """Split whole documents into (training, validation); equal documents always land on the same side.
 
@@ -120,6 +132,7 @@ def split_documents(
         seed: Another seed gives another split.
     """
     check_several("documents", documents)
+    documents = list(documents)  # read twice below, and an iterator is empty after the first time
     require("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "above 0 and below 1")
     different = sorted(set(documents), key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode()).digest())
     if len(different) < 2:
@@ -252,10 +265,23 @@ def open_token_file(path: str | os.PathLike) -> np.memmap:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
+def _mapped_place(ids: np.ndarray) -> dict[str, object] | None:
+    """Return with which arguments np.memmap maps `ids` again; None if they are not one piece of a file."""
+    root = ids
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    # What was written into a copy-on-write map is in no file.
+    in_file = isinstance(root, np.memmap) and root.filename is not None and root.mode != "c"
+    if not in_file or not ids.flags.c_contiguous:
+        return None
+    offset = root.offset + ids.ctypes.data - root.ctypes.data  # of a slice: further into the file
+    return {"filename": root.filename, "dtype": ids.dtype, "mode": "r", "offset": offset, "shape": ids.shape}
+
+
 class TokenShards(ConcatDataset):
     """Windows over several token files, in the order of the files; no window crosses from one file to the next.
 
-    Pickling stores the paths only, so that worker processes map the files anew. Each file stays open.
+    Each file stays open. Worker processes map it anew, as each part is a `TokenDataset`.
 
     Args:
         paths: Files of `write_token_file`, sorted, as their order numbers the windows; each has at least C + 1 tokens.
@@ -267,7 +293,6 @@ class TokenShards(ConcatDataset):
     ) -> None:
         if isinstance(paths, str | os.PathLike) or not (files := list(paths)):
             raise ValueError(f"paths is {paths!r}; a list of at least one path is needed")
-        self.arguments = files, context_length, stride
         super().__init__([self._open(path, context_length, stride) for path in files])
 
     @staticmethod
@@ -277,9 +302,6 @@ class TokenShards(ConcatDataset):
             return TokenDataset(ids, context_length, stride)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-    def __reduce__(self) -> tuple:
-        return type(self), self.arguments
 
 
 class ResumableSampler(Sampler[list[int]]):
@@ -338,3 +360,22 @@ class ResumableSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.end_batch - self.start_batch
+
+
+def sample_batch(
+    dataset: TokenDataset | ConcatDataset, batch_size: int, step: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (inputs, targets), int64 (B, C) each, of windows drawn at random; the same window may come twice.
+
+    The draw depends on (seed, step) alone, and its time not on the length of the text.
+
+    Args:
+        dataset: With a stride of 1 a window may start at any token.
+        batch_size: Windows of the batch, B.
+        step, seed: At least 0.
+    """
+    whole_number("batch_size", batch_size)
+    numbers = [whole_number("seed", seed, smallest=0), whole_number("step", step, smallest=0)]
+    drawn = np.random.default_rng(numbers).integers(len(dataset), size=batch_size).tolist()
+    inputs, targets = zip(*(dataset[number] for number in drawn), strict=True)
+    return torch.stack(inputs), torch.stack(targets)

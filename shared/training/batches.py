@@ -27,7 +27,7 @@ def document_row(text: str, encoding: tiktoken.Encoding) -> list[int]:
     return [encoding.eot_token, *encoding.encode_ordinary(text), encoding.eot_token]
 
 
-def pad_rows(rows: Sequence[Sequence[int]]) -> Batch:
+def pad_rows(rows: Iterable[Sequence[int]]) -> Batch:
     """Return rows of ids as one batch, padded on the right to the longest.
 
     Args:
@@ -41,6 +41,7 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> Batch:
     Raises:
         ValueError: There is no row, or one has fewer than two ids.
     """
+    rows = list(rows)
     shortest = min(map(len, rows), default=0)
     if shortest < 2:
         raise ValueError(
@@ -84,7 +85,7 @@ def shuffled_rows(
 ) -> Iterator[Sequence[int]]:
     """Yield all rows, in a new random order in each epoch; without end if `epochs` is None."""
     epoch = 0
-    while rows and (epochs is None or epoch < epochs):
+    while len(rows) and (epochs is None or epoch < epochs):
         for i in np.random.default_rng([seed, epoch]).permutation(len(rows)):
             yield rows[i]
         epoch += 1

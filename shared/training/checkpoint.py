@@ -24,19 +24,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from shared.weights.names import unwrap, unwrapped_name
+
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and saved buffers by name, each tensor once: a tied output head is left out."""
+    """Return the parameters and saved buffers by name, each tensor once: a tied output head is left out.
+
+    The names are those of the model itself, however it is wrapped.
+    """
     kept, seen = {}, set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in unwrap(model).state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            kept[name] = tensor.detach()
+            kept[unwrapped_name(name)] = tensor.detach()
     return kept
 
 
@@ -77,25 +83,60 @@ def set_random_states(states: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def split_optimizer_state(state: Mapping) -> tuple[dict[str, Tensor], dict]:
-    """Split an optimiser's `state_dict()` into (tensors by name "parameter/key", everything else)."""
-    tensors, plain = {}, {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}/{key}"] = value
-            else:
-                plain[f"{index}/{key}"] = value
-    return tensors, {"values": plain, "param_groups": state["param_groups"]}
+TUPLE, PAIRS, TENSOR = "tuple", "pairs", "tensor"  # the marks of what JSON does not have
 
 
-def join_optimizer_state(tensors: Mapping[str, Tensor], rest: Mapping) -> dict:
-    """Return the `state_dict()` that `split_optimizer_state` split; tuples come back as lists."""
-    state: dict[int, dict] = {}
-    for name, value in {**tensors, **rest["values"]}.items():
-        index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = value
-    return {"state": dict(sorted(state.items())), "param_groups": rest["param_groups"]}
+def to_json(value: object, place: str, tensors: dict[str, Tensor]) -> object:
+    """Return `value` as JSON that `from_json` turns back; its tensors go into `tensors`, by their places.
+
+    Args:
+        value: Numbers, NumPy's too (they come back as Python's), texts, None, tensors, and lists, tuples and dicts of
+            these, however deep.
+        place: What the value is called, in the names of tensors and in errors.
+        tensors: Is filled.
+
+    Raises:
+        TypeError: Something else is in it; the message says where.
+    """
+    # A single value.
+    if isinstance(value, Tensor):
+        tensors[place] = value
+        return {TENSOR: place}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    # Several values, in order.
+    if isinstance(value, list | tuple):
+        items = [to_json(item, f"{place}[{i}]", tensors) for i, item in enumerate(value)]
+        return {TUPLE: items} if isinstance(value, tuple) else items
+    # Several values with keys: an object if the keys are texts, and it cannot be taken for a mark.
+    if isinstance(value, Mapping):
+        items = [to_json(item, f"{place}[{key!r}]", tensors) for key, item in value.items()]
+        like_a_mark = len(value) == 1 and {TUPLE, PAIRS, TENSOR} & {*value}
+        if all(type(key) is str for key in value) and not like_a_mark:
+            return dict(zip(value, items, strict=True))
+        keys = [to_json(key, f"a key of {place}", tensors) for key in value]
+        return {PAIRS: [list(pair) for pair in zip(keys, items, strict=True)]}
+    raise TypeError(
+        f"{place} must be numbers, texts, None, tensors, or lists and dicts of them, got {value!r:.80}"
+    )
+
+
+def from_json(value: object, tensors: Mapping[str, Tensor]) -> object:
+    """Return what `to_json` was given."""
+    if isinstance(value, list):
+        return [from_json(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    mark, inside = next(iter(value.items())) if len(value) == 1 else (None, None)
+    if mark == TENSOR:
+        return tensors[inside]
+    if mark == TUPLE:
+        return tuple(from_json(item, tensors) for item in inside)
+    if mark == PAIRS:
+        return {from_json(key, tensors): from_json(item, tensors) for key, item in inside}
+    return {key: from_json(item, tensors) for key, item in value.items()}
 
 
 STATE_FILE = "state.json"
@@ -114,7 +155,7 @@ class Checkpoint:
         model: Tensors by name, as `model_state` returns them.
         optimizers: A `state_dict()` of each optimiser.
         random: As `random_states` returns them; empty where none were saved.
-        extra: What the caller added, a JSON object.
+        extra: What the caller added.
     """
 
     step: int
@@ -142,31 +183,29 @@ def save_checkpoint(
         model: As `model_state(model)` returns it.
         optimizers: A `state_dict()` of each optimiser.
         random: As `random_states()` returns them.
-        extra: Anything that JSON can hold.
+        extra: Anything that `to_json` takes.
         keep_last: Afterwards delete all but this many of the newest checkpoints; None keeps all.
 
     Raises:
         CheckpointError: It cannot be written (disk full, no permission, a checkpoint of that step exists). What was
             there before is untouched.
         ValueError: `step` or `keep_last` is too small.
+        TypeError: The state of an optimizer, or `extra`, holds what cannot be written.
     """
-    # Refuse what cannot be, and name what will be written.
+    # Refuse what cannot be, and name what will be written, before there is a file.
     if step < 0 or (keep_last is not None and keep_last < 1):
         raise ValueError(f"step is {step}, keep_last {keep_last}; at least 0 and at least 1 are needed")
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
     part = folder / f".{final.name}.part"
-    parts = [split_optimizer_state(state) for state in optimizers]
-    moments = {
-        f"{i}/{name}": tensor for i, (tensors, _) in enumerate(parts) for name, tensor in tensors.items()
-    }
-    files = {"model.safetensors": model, "optimizer.safetensors": moments, "random.safetensors": random or {}}
+    tensors: dict[str, Tensor] = {}
     state = {
         "step": step,
-        "optimizers": [rest for _, rest in parts],
-        "extra": dict(extra or {}),
+        "optimizers": to_json(list(optimizers), "optimizers", tensors),
+        "extra": to_json(dict(extra or {}), "extra", tensors),
         "sha256": {},
     }
+    files = {"model.safetensors": model, "optimizer.safetensors": tensors, "random.safetensors": random or {}}
     try:
         # Everything goes into a folder with another name first.
         if final.exists():
@@ -174,9 +213,10 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         _remove_litter(folder)
         part.mkdir()
-        for name, tensors in files.items():
-            # A copy for views, and for tensors that share memory: the format stores each one whole.
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / name)
+        for name, own in files.items():
+            # Copies, because of views and of tensors that share memory: the format stores each one whole.
+            copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in own.items()}
+            save_file(copies, part / name)
             state["sha256"][name] = _sha256(part / name)
         (part / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         # On the disk before it has its name.
@@ -184,8 +224,11 @@ def save_checkpoint(
             _to_disk(path)
         os.rename(part, final)  # the moment in which the checkpoint comes into being
         _to_disk(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # Whatever went wrong, nothing half-written stays.
         shutil.rmtree(part, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise CheckpointError(
             f"{final} was not written: {error}; earlier checkpoints are untouched"
         ) from error
@@ -220,14 +263,11 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
         for name, expected in state["sha256"].items():
             if _sha256(path / name) != expected:
                 raise ValueError(f"{name} has another SHA-256 than when it was written")
-        model, moments, random = (load_file(path / name) for name in state["sha256"])
+        model, tensors, random = (load_file(path / name) for name in state["sha256"])
+        optimizers, extra = (from_json(state[name], tensors) for name in ("optimizers", "extra"))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    optimizers = []
-    for i, rest in enumerate(state["optimizers"]):
-        own = {name.split("/", 1)[1]: tensor for name, tensor in moments.items() if name.startswith(f"{i}/")}
-        optimizers.append(join_optimizer_state(own, rest))
-    return Checkpoint(state["step"], model, optimizers, random, state["extra"])
+    return Checkpoint(state["step"], model, optimizers, random, extra)
 
 
 def _sha256(path: Path) -> str:

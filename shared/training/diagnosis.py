@@ -15,7 +15,7 @@ Explained and proven in ch05_pretraining/09_troubleshooting.ipynb; written from 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shared.training.batches import IGNORE, Batch
+from shared.training.loop import check_parameters
 from shared.training.losses import next_token_loss
+from shared.weights.names import unwrap, unwrapped_name
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def gradient_norms(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[st
 
     The `.grad` of the parameters stays as it is.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = unwrap(model).named_parameters()
+    named = [(unwrapped_name(name), p) for name, p in parameters if p.requires_grad]
     loss = next_token_loss(model(inputs), targets)
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     squares: dict[str, float] = defaultdict(float)
@@ -118,7 +121,8 @@ def update_ratios(model: nn.Module, step: Callable[[], object]) -> dict[str, flo
     Sizes are root mean squares, the matrix's own taken before the step. A matrix of zeros gives infinity, or NaN
     where nothing changed.
     """
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1 and p.requires_grad}
+    parameters = unwrap(model).named_parameters()
+    matrices = {unwrapped_name(name): p for name, p in parameters if p.dim() > 1 and p.requires_grad}
     before = {name: p.detach().clone() for name, p in matrices.items()}
     step()
     return {
@@ -127,26 +131,61 @@ def update_ratios(model: nn.Module, step: Callable[[], object]) -> dict[str, flo
     }
 
 
-def overfit(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, n_steps: int = 40
-) -> list[float]:
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+def overfit(model: nn.Module, batch: Batch, optimizers: Optimizers, n_steps: int = 40) -> list[float]:
     """Train `model` on one batch again and again and return the loss before each step and after the last."""
+    optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+    check_parameters(optimizers, model)
     inputs, targets = batch
     losses = []
     for _ in range(n_steps):
         loss = next_token_loss(model(inputs), targets)
         losses.append(loss.item())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     with torch.no_grad():
         return [*losses, next_token_loss(model(inputs), targets).item()]
+
+
+def row_learnt(
+    model: nn.Module, batch: Batch, make_optimizers: Callable[[nn.Module], Optimizers], update: float
+) -> float:
+    """Return to what share of its first value copies of `model` bring the loss of the first 32 targets of one row.
+
+    Args:
+        model: It stays as it is.
+        batch: Inputs and targets; one row of them is learnt.
+        make_optimizers: As in `diagnose`.
+        update: The largest update over weight at the rates that they come with; 0 leaves these rates.
+    """
+    # The first row with targets, up to the 32nd of them.
+    inputs, targets = batch
+    row = int((targets != IGNORE).any(dim=1).int().argmax())
+    end = int((targets[row] != IGNORE).nonzero()[:32].max()) + 1
+    small = inputs[row : row + 1, :end], targets[row : row + 1, :end]
+    # At two rates, as a small model needs larger steps than a wide one; the better counts.
+    shares = []
+    for wanted in (0.3, 1.0):
+        pupil = copy.deepcopy(model)
+        made = make_optimizers(pupil)
+        optimizers = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["lr"] * (wanted / update if update else 1)
+        losses = overfit(pupil, small, optimizers, n_steps=60)
+        shares.append(losses[-1] / losses[0])
+        if shares[-1] < 0.1:
+            break
+    return min(shares)  # a NaN that stands first stays
 
 
 def diagnose(
     model: nn.Module,
     batches: Sequence[Batch],
-    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    make_optimizers: Callable[[nn.Module], Optimizers],
     n_steps: int,
 ) -> list[Check]:
     """Examine a new model and the first batches of its training; model, gradients and random numbers stay as they are.
@@ -154,32 +193,36 @@ def diagnose(
     Args:
         model: Untrained; it maps ids (batch, tokens) to logits (batch, tokens, vocab_size).
         batches: At least two, in the order in which training reads them; the more, the surer is the order's check.
-        make_optimizer: Called with parameters it returns the optimizer of the run, at its peak learning rate.
+        make_optimizers: Called with a copy of the model it returns the optimizer of the run, or several, at their peak
+            learning rates: `lambda model: build_optimizers(model, "adamw", 3e-4)`.
         n_steps: Planned number of updates.
 
     Returns:
         The checks, causes that hide others first: the first one that has not passed is the one to look into.
+
+    Raises:
+        ValueError: There are fewer than two batches, or the optimizers hold no parameter of the copy.
     """
     with torch.random.fork_rng():
-        # The untrained model on the first batch: its loss, its targets, its gradients.
-        inputs, targets = batches[0]
+        # An untrained copy, without dropout, on the first batch: its targets, its loss, its gradients.
+        drift, (inputs, targets) = order_drift(batches), batches[0]
+        pupil = copy.deepcopy(unwrap(model)).eval()
         with torch.no_grad():
-            logits = model(inputs)
+            logits = pupil(inputs)
         first = next_token_loss(logits, targets).item() / math.log(logits.shape[-1])
         offset, share = target_offset(inputs, targets)
-        norms = gradient_norms(model, inputs, targets)
+        norms = gradient_norms(pupil, inputs, targets)
         blocks = [norm for part, norm in norms.items() if part[-1].isdigit()] or list(norms.values())
-        one_row = targets[:1] != IGNORE
-        # One update of a copy: how far does the learning rate go?
-        pupil = copy.deepcopy(model)
-        optimizer = make_optimizer(pupil.parameters())
-        ratios = update_ratios(pupil, lambda: overfit(pupil, batches[0], optimizer, n_steps=1))
-        # Another copy learns one row by heart.
-        pupil = copy.deepcopy(model)
-        small = inputs[:1, : one_row.sum()], targets[:1, : one_row.sum()]
-        learnt = overfit(pupil, small, make_optimizer(pupil.parameters()))
+        # One update: how far does the learning rate go? A matrix of zeros has no size to compare with, and lets no
+        # gradient through to the others, so one that begins so gets an update beforehand.
+        optimizers = make_optimizers(pupil)
+        if any(p.dim() > 1 and not p.any() for p in pupil.parameters()):
+            overfit(pupil, batches[0], optimizers, n_steps=1)
+        ratios = update_ratios(pupil, lambda: overfit(pupil, batches[0], optimizers, n_steps=1))
+        largest = max((ratio for ratio in ratios.values() if math.isfinite(ratio)), default=math.nan)
+        # Other copies learn one row by heart.
+        learnt = row_learnt(copy.deepcopy(unwrap(model)).eval(), batches[0], make_optimizers, largest)
         # Causes that hide others come first.
-        largest = max(ratios.values())
         return [
             Check(
                 "places that targets are ahead",
@@ -188,7 +231,7 @@ def diagnose(
                 1,
                 "shift of the targets",
             ),
-            Check("order of the batches", order_drift(batches), 0, 1.3, "data not shuffled"),
+            Check("order of the batches", drift, 0, 1.3, "data not shuffled"),
             Check("first loss / ln V", first, 0.9, 1.1, "initial weights"),
             Check(
                 "gradient, largest / smallest block",
@@ -201,7 +244,7 @@ def diagnose(
             Check("updates of the run / weight", largest * n_steps, 5, math.inf, "learning rate too low"),
             Check(
                 "one row learnt, loss after / before",
-                learnt[-1] / learnt[0],
+                learnt,
                 0,
                 0.1,
                 "anything above; model; loss",

@@ -20,6 +20,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shared.training.batches import IGNORE, Batch
-from shared.training.losses import next_token_loss, on_device, precision
+from shared.training.losses import next_token_loss, on_device, own_modes, precision
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,18 @@ def train(
 
     Args:
         model: Called as model(inputs), it returns logits (batch, tokens, vocab_size), unless `loss` calls it otherwise.
-            It ends in its former mode. Parameters that need no gradient stay as they are.
+            If it is in evaluation mode it is trained in training mode; else each module is trained in its own mode. At
+            the end each has its own mode back. Parameters that need no gradient stay as they are.
         batches: (inputs, targets) of ids; a list or a loader is read again when it ends, an iterator must last. With a
             `loss` of your own, inputs may be a tuple or dict of tensors, and targets any tensor with one number for
             each thing that counts: ids, classes, pairs to be compared. Those equal to `IGNORE` do not count.
-        optimizers: One, or several that share the parameters among them.
+        optimizers: One, or several that share the parameters among them. They keep their learning rates.
         n_steps: Number of the last step; updates are numbered start_step + 1 to n_steps.
         start_step: Updates done earlier, when a run is resumed.
         loss: loss(model, inputs, targets) returns the losses of the targets of a batch that count, or their sum, never
             their mean: it is divided here, by the number of targets of the whole update.
-        schedule: schedule(k), k from 0, is the factor on each group's initial learning rate ("initial_lr" of the
-            group, set from "lr" where missing) in update k + 1; without it the rates stay as they are.
+        schedule: schedule(k), k from 0, is the factor on each group's learning rate in update k + 1. Meanwhile the rate
+            itself is the group's "initial_lr", so that a state saved midway has it; a resumed run reads it from there.
         max_grad_norm: Longer gradients of all parameters together are shortened to this norm; None leaves them.
         accumulation: Batches of one update; their gradients add up to that of one large batch.
         autocast: torch.bfloat16 computes most matrix products in it; weights and updates keep their type.
@@ -101,29 +103,30 @@ def train(
             interrupted or explodes.
 
     Raises:
-        ValueError: An argument is out of range, the batches end, or one holds no target.
+        ValueError: An argument is out of range, an optimizer holds no parameter of the model, the batches end, or one
+            holds no target.
         FloatingPointError: Loss or gradient is not finite; the update of this step has not been made.
     """
     # What is trained, and where its batches come from.
     optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
     _check_training(optimizers, n_steps, start_step, max_grad_norm, accumulation, autocast, evaluate_every)
+    check_parameters(optimizers, model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training, source = model.training, on_device(_lasting(batches), model)
-    n_tokens, seconds = 0, 0.0
+    source, n_tokens, seconds = on_device(_lasting(batches), model), 0, 0.0
 
     def validation(step: int) -> float | None:
         due = step in (start_step, n_steps) or (evaluate_every and step % evaluate_every == 0)
         if on_evaluate is None or not due:
             return None
-        model.eval()
-        result = on_evaluate(step)
-        model.train()
-        return result
+        with own_modes(model):
+            model.eval()
+            return on_evaluate(step)
 
-    log = [Record(start_step, 0, validation_loss=validation(start_step))]
-    model.train()
-    try:
+    with own_modes(model), own_rates(groups if schedule else ()):
+        log = [Record(start_step, 0, validation_loss=validation(start_step))]
+        if not model.training:
+            model.train()
         # In a notebook tqdm itself does not read TQDM_DISABLE.
         quiet = bool(os.environ.get("TQDM_DISABLE"))
         with tqdm(total=n_steps, initial=start_step, unit="step", disable=quiet) as bar:
@@ -132,7 +135,7 @@ def train(
                 # The learning rate of this update.
                 if schedule is not None:
                     for group in groups:
-                        group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(step - 1)
+                        group["lr"] = group["initial_lr"] * schedule(step - 1)
                 # Its batches, and how many targets they hold together.
                 step_batches = list(islice(source, accumulation))
                 n_targets = sum(int((targets != IGNORE).sum()) for _, targets in step_batches)
@@ -156,12 +159,22 @@ def train(
                 seconds += time.perf_counter() - started
                 bar.set_postfix_str(f"loss {mean:.3f}, {n_tokens / seconds:,.0f} tokens/s", refresh=False)
                 bar.update()
-                log.append(Record(step, n_tokens, mean, validation(step), groups[0]["lr"], norm))
+                log.append(Record(step, n_tokens, mean, validation(step), float(groups[0]["lr"]), norm))
                 if on_step is not None:
                     on_step(log[-1])
-    finally:
-        model.train(was_training)
     return log
+
+
+@contextmanager
+def own_rates(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Note the learning rate of each group of an optimizer as its "initial_lr", and give it back at the end."""
+    for group in groups:
+        group.setdefault("initial_lr", group["lr"])
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["lr"] = group.pop("initial_lr")
 
 
 def _accumulate(
@@ -192,6 +205,15 @@ def _lasting(batches: Iterable) -> Iterator:
             yield batch
         if not n_read:
             raise ValueError("batches ended before the last step")
+
+
+def check_parameters(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+    """Refuse an optimizer that holds no parameter of `model` (ValueError): it would update something else."""
+    own = set(model.parameters())
+    for i, optimizer in enumerate(optimizers):
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if held.isdisjoint(own):
+            raise ValueError(f"optimizers[{i}] must hold parameters of the model, got {len(held)} of another")
 
 
 def _check_training(

@@ -14,7 +14,7 @@ Explained and proven in ch05_pretraining/01_training_loop.ipynb; written from th
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,14 @@ def next_token_loss(
 
 
 def perplexity(loss: float) -> float:
-    """Return e to the mean loss in nats per token: the number of equally probable tokens that are as hard to guess."""
-    return math.exp(loss)
+    """Return e to the mean loss in nats per token: the number of equally probable tokens that are as hard to guess.
+
+    A loss that is too large for a floating-point number, above about 709.8 nats, gives infinity.
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
@@ -63,6 +69,17 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
     if n_bytes < 1:
         raise ValueError(f"n_bytes must be at least 1, got {n_bytes}")
     return nats / math.log(2) / n_bytes
+
+
+@contextmanager
+def own_modes(model: nn.Module) -> Iterator[None]:
+    """Give each module of `model` its own mode back at the end, training or evaluation, also after an error."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -78,19 +95,17 @@ class Evaluation:
 def evaluate(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None) -> Evaluation:
     """Return the loss of `model` on all `batches`, each target counted once.
 
-    The model runs without dropout and is in its former mode afterwards. Raises ValueError if there is no target.
+    The model runs without dropout, and each of its modules is in its own mode afterwards. Raises ValueError if there is
+    no target.
     """
     nats, n_tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
+    with own_modes(model):
+        model.eval()
         for inputs, targets in on_device(batches, model):
             with precision(inputs.device, autocast):
                 losses = next_token_loss(model(inputs), targets, reduction="none")
             nats += losses.cpu().double().sum().item()  # Apple's GPUs have no float64
             n_tokens += int((targets != IGNORE).sum())
-    finally:
-        model.train(was_training)
     if not n_tokens:
         raise ValueError("batches hold no target to evaluate")
     return Evaluation(nats / n_tokens, nats, n_tokens)

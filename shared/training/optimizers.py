@@ -213,7 +213,7 @@ def build_optimizers(
     Args:
         model: For "muon" its blocks must be named `blocks`, as in `GPTModel`.
         name: "sgd" (momentum betas[0], Nesterov), "adam" (decay as part of the gradient), "adamw", "lion" or "muon".
-        learning_rate: The peak, which `set_learning_rates` scales; kept in each group as "initial_lr".
+        learning_rate: The peak, which schedules scale.
         weight_decay: Strength of the decay.
         matrix_learning_rate: Muon's own learning rate.
         betas, eps: As in AdamW; Lion takes betas, SGD the first.
@@ -251,11 +251,6 @@ def build_optimizers(
     groups_of_rest = [{"params": values, "weight_decay": decay} for values, decay in pairs if values]
     if groups_of_rest:
         optimizers.append(OPTIMIZERS[name](groups_of_rest, learning_rate, betas, eps))
-
-    # The peak, which schedules multiply.
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
     return optimizers
 
 
@@ -270,10 +265,10 @@ def qkv_splits(model: nn.Module) -> dict[Tensor, tuple[int, int, int]]:
 
 
 def set_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
-    """Set every learning rate to its peak ("initial_lr" of the group) times `factor`."""
+    """Set every learning rate to its peak times `factor`; the first call keeps the peak as the group's "initial_lr"."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
 def _adamw(groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float) -> Optimizer:

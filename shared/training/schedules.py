@@ -11,7 +11,7 @@ promote`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 
@@ -53,8 +53,9 @@ def step_decay(
     step: int, n_steps: int, n_warmup: int = 0, *, drops: Sequence[float] = (0.5, 0.75), factor: float = 0.1
 ) -> float:
     """Multiply by `factor` at each of `drops`, given as shares of `n_steps`. ValueError if one is not in (0, 1]."""
+    drops = tuple(drops)
     if not all(0 < drop <= 1 for drop in drops) or not 0 < factor <= 1:
-        raise ValueError(f"drops and factor must be in (0, 1], got {tuple(drops)} and {factor}")
+        raise ValueError(f"drops and factor must be in (0, 1], got {drops} and {factor}")
     warm, _ = _phase(step, n_steps, n_warmup)
     return warm * factor ** sum(step >= drop * n_steps for drop in drops)
 
@@ -130,6 +131,8 @@ def build_schedule(name: str, n_steps: int, n_warmup: int = 0, **options: object
     """
     if name not in SCHEDULES:
         raise ValueError(f"name must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    # An iterator would be empty from the second step on.
+    options = {key: tuple(value) if isinstance(value, Iterator) else value for key, value in options.items()}
     schedule = partial(SCHEDULES[name], n_steps=n_steps, n_warmup=n_warmup, **options)
     schedule(0)
     return schedule

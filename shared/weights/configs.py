@@ -50,17 +50,35 @@ CONFIG_FIELDS: dict[str, dict[str, str]] = {
         "n_experts": "num_local_experts",
         "n_active_experts": "num_experts_per_tok",
     },
+    "qwen3_moe": {
+        **_GROUPED_FIELDS,
+        "feed_forward_dim": "moe_intermediate_size",
+        "n_experts": "num_experts",
+        "n_active_experts": "num_experts_per_tok",
+    },
+    "helium": _GROUPED_FIELDS | {"head_dim": "head_dim"},
 }
 # Our field -> theirs, which may be missing or null, as ours may.
-_OPTIONAL = {
+_OPTIONAL_GPT2 = {"init_std": "initializer_range", "feed_forward_dim": "n_inner"}
+_OPTIONAL_LLAMA = {
     "init_std": "initializer_range",
     "n_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "rope_base": "rope_theta",
-    "rope_factor": "factor",
-    "feed_forward_dim": "n_inner",
-    "rope_original_length": "original_max_position_embeddings",
 }
+# Rotary options that one kind of scaling has, or several.
+_OPTIONAL_ROPE = {
+    "none": {},
+    "linear": {"rope_factor": "factor"},
+    "llama3": {"rope_factor": "factor", "rope_original_length": "original_max_position_embeddings"},
+    "yarn": {
+        "rope_factor": "factor",
+        "rope_original_length": "original_max_position_embeddings",
+        "rope_attention_factor": "attention_factor",
+    },
+}
+
+
 # What our model always is, hence the only values that a configuration may have; the first is also the default.
 _REQUIRED: dict[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
@@ -68,20 +86,30 @@ _REQUIRED: dict[str, tuple[object, ...]] = {
     "scale_attn_weights": (True,),
     "attention_dropout": (0.0,),
     "router_jitter_noise": (0.0,),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "hidden_act": ("silu",),
     "partial_rotary_factor": (1.0, None),
+    # Of mixtures: every block has experts, and the weights of the chosen ones add up to 1.
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
     # Of the rotary scalings "llama3" and "yarn".
     "low_freq_factor": (1.0, None),
     "high_freq_factor": (4.0, None),
     "beta_slow": (1.0, None),
     "beta_fast": (32.0, None),
-    "attention_factor": (None,),
     "mscale": (None,),
     "mscale_all_dim": (None,),
     "truncate": (True, None),
 }
 _ROPE_TYPES = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
+# Their activation -> ours, for GPT-2.
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 
 def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
@@ -95,6 +123,10 @@ def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
     needed = choose("model_type", family, CONFIG_FIELDS)
     # transformers 5 has the rotary options in rope_parameters, 4 in rope_scaling and beside it.
     config = {**config, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    if (
+        family == "qwen3_moe"
+    ):  # what is missing means False; transformers 5 writes the number under another name
+        config = {"norm_topk_prob": False, "num_experts": config.get("num_local_experts"), **config}
     # What must be as it is with us: all biases or none, one dropout for all three places.
     biased = family == "llama" and bool(config.get("attention_bias") and config.get("mlp_bias"))
     required = _REQUIRED | {"attention_bias": (biased,), "mlp_bias": (biased,)}
@@ -106,25 +138,31 @@ def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
             raise ValueError(f"{name} must be {' or '.join(map(repr, values))}, got {config[name]!r}")
     if missing := [theirs for theirs in needed.values() if config.get(theirs) is None]:
         raise ValueError(f"{missing[0]} is missing in the configuration of a {family}")
-    # The fields that only have another name there.
-    fields = (_OPTIONAL | needed).items()
-    options = {ours: config[theirs] for ours, theirs in fields if config.get(theirs) is not None}
-    options["tie_weights"] = config.get("tie_word_embeddings", family == "gpt2")
-    # What goes without saying in a Llama and its relatives.
-    if family != "gpt2":
+    # What goes without saying in a GPT-2, or in a Llama and its relatives.
+    options = {"tie_weights": config.get("tie_word_embeddings", family == "gpt2")}
+    if family == "gpt2":
+        name, optional = config.get("activation_function", "gelu_new"), _OPTIONAL_GPT2
+        options["activation"] = choose("activation_function", name, _ACTIVATIONS)
+    else:
         rope_type = config.get("rope_type", config.get("type", "default"))
         options |= {
             "norm": "rmsnorm",
             "positions": "rotary",
-            "feed_forward": "moe" if family == "mixtral" else "swiglu",
+            "feed_forward": "moe" if family in ("mixtral", "qwen3_moe") else "swiglu",
             "bias": biased,
             "qkv_bias": biased,
-            "qk_norm": family == "qwen3",
+            "qk_norm": family in ("qwen3", "qwen3_moe"),
             "dropout": 0.0,
             "rope_scaling": choose("rope_type", rope_type, _ROPE_TYPES),
+            "rope_interleaved": family == "helium",
             "window": _window(config),
         }
-    return GPTConfig(**options)
+        optional = _OPTIONAL_LLAMA | _OPTIONAL_ROPE[options["rope_scaling"]]
+    # The fields that only have another name there.
+    fields = (optional | needed).items()
+    return GPTConfig(
+        **options | {ours: config[theirs] for ours, theirs in fields if config.get(theirs) is not None}
+    )
 
 
 def _window(config: Mapping[str, object]) -> int | None:
@@ -132,7 +170,7 @@ def _window(config: Mapping[str, object]) -> int | None:
     default = config["model_type"] in ("mistral", "mixtral")
     window = config.get("sliding_window") if config.get("use_sliding_window", default) else None
     known = "sliding_attention" if window else "full_attention"
-    if "use_sliding_window" in config and window and not config.get("layer_types"):
+    if config["model_type"] == "qwen3" and window and not config.get("layer_types"):
         raise ValueError("use_sliding_window needs layer_types, to say which layers have the window")
     if different := [kind for kind in config.get("layer_types") or [] if kind != known]:
         raise ValueError(f"layer_types must be {known} in all layers, got {different[0]}")
@@ -176,6 +214,7 @@ def family_of(config: GPTConfig) -> str:
         "bias": {False},
         "qkv_bias": {False},
         "qk_norm": {False},
+        "rope_interleaved": {False},
     }
     allowed = {
         "gpt2": gpt2,
@@ -183,6 +222,13 @@ def family_of(config: GPTConfig) -> str:
         "mistral": llama,
         "qwen3": {**llama, "qk_norm": {True}},
         "mixtral": {**llama, "feed_forward": {"moe"}},
+        "qwen3_moe": {**llama, "feed_forward": {"moe"}, "qk_norm": {True}},
+        "helium": {
+            **llama,
+            "rope_interleaved": {True},
+            "window": {None},
+            "head_dim": {None, config.emb_dim // config.n_heads},
+        },
     }
     # The family with the fewest fields that do not fit; there must be none.
     misfits = {
@@ -204,6 +250,8 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "helium": "HeliumForCausalLM",
 }
 
 
@@ -229,7 +277,7 @@ def config_to_hf(config: GPTConfig) -> dict[str, object]:
             "embd_pdrop": config.dropout,
             "attn_pdrop": config.dropout,
             "n_inner": config.feed_forward_dim,
-            "activation_function": "gelu_new",
+            "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
         }
     # Llama and its relatives.
     values |= {
@@ -239,15 +287,16 @@ def config_to_hf(config: GPTConfig) -> dict[str, object]:
         "attention_bias": config.bias,
         "rope_parameters": rope_to_hf(config),
     }
-    if family == "llama":
+    if family in ("llama", "helium"):
         return values | {"mlp_bias": config.bias}
-    # All others may have a window; Qwen3 says for each layer whether it has it.
+    # All others may have a window; Qwen3 says whether, and without experts it says so for each layer.
+    if family in ("qwen3", "qwen3_moe"):
+        values["use_sliding_window"] = config.window is not None
     if family == "qwen3":
         kind = "full_attention" if config.window is None else "sliding_attention"
-        values |= {
-            "use_sliding_window": config.window is not None,
-            "layer_types": [kind] * config.n_layers,
-        }
+        values["layer_types"] = [kind] * config.n_layers
+    if family == "qwen3_moe":
+        values |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
     return values | {"sliding_window": config.window}
 
 
@@ -263,4 +312,6 @@ def rope_to_hf(config: GPTConfig) -> dict[str, object]:
         return values
     if kind == "llama3":
         values |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if config.rope_attention_factor is not None:
+        values["attention_factor"] = float(config.rope_attention_factor)
     return values | {"original_max_position_embeddings": config.rope_original_length or config.context_length}

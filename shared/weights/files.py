@@ -29,7 +29,7 @@ from torch import Tensor
 
 from shared.checks import choose
 from shared.model.gpt import GPTModel
-from shared.weights.names import FAMILIES, huggingface_views
+from shared.weights.names import FAMILIES, huggingface_views, unwrap, unwrapped_name
 
 PIECE_NUMBERS = 2_000_000
 # What old files hold besides weights: masks and rotary frequencies.
@@ -80,8 +80,8 @@ def load_safetensors(
         FileNotFoundError: A file is missing.
     """
     # Where the numbers go: the parameters under the file's names.
-    parameters = model.named_parameters()
-    views = huggingface_views(model, family) if family else {name: p.detach() for name, p in parameters}
+    own = {unwrapped_name(name): parameter.detach() for name, parameter in unwrap(model).named_parameters()}
+    views = huggingface_views(model, family) if family else own
     if on_meta := [name for name, view in views.items() if view.is_meta]:
         raise ValueError(f"{on_meta[0]} is on the meta device, where nothing can be loaded into it")
     # Where they come from: each full name in one file, buffers left out.
@@ -89,7 +89,8 @@ def load_safetensors(
     sources, shapes = {}, {}
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
         for name, (shape, _) in read_header(path).items():
-            full = name if name.startswith((prefix, "lm_head.")) else prefix + name
+            plain = unwrapped_name(name)
+            full = plain if plain.startswith((prefix, "lm_head.")) else prefix + plain
             if full in sources:
                 raise ValueError(f"{path} holds {name}, which an earlier file holds too")
             if not _BUFFERS.search(full):
@@ -148,7 +149,7 @@ def save_checkpoint_folder(
     """Write a folder in our own format, which any configuration has: weights, and config.json with `details` (JSON).
 
     Args:
-        model: The configuration is its own, and without `state` the weights are.
+        model: The configuration is its own, and without `state` the weights are. It may be wrapped, see `unwrap`.
         folder: Where to write; see `write_folder`.
         state: The parameters by name, for a model of which this process holds only a part.
         replace: Write in the place of an earlier checkpoint; see `write_folder`.
@@ -159,8 +160,9 @@ def save_checkpoint_folder(
         FileExistsError: The folder holds something that may not be replaced.
         OSError: It cannot be written; what was there before is as it was.
     """
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state = parameters if state is None else state
+    model = unwrap(model)
+    parameters = {unwrapped_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    state = parameters if state is None else {unwrapped_name(name): tensor for name, tensor in state.items()}
     if wrong := sorted(state.keys() ^ parameters.keys()):
         raise ValueError(
             f"state must have the names of the model's parameters, got a difference in {wrong[0]}"

@@ -21,10 +21,11 @@ import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from shared.model.gpt import GPTModel
-from shared.text.tokenizer import BYTE_TO_UNICODE, BPETokenizer
+from shared.text.merges import BYTE_TO_UNICODE
+from shared.text.tokenizer import BPETokenizer, check_apart
 from shared.weights.configs import config_to_hf
 from shared.weights.files import write_folder
-from shared.weights.names import huggingface_views
+from shared.weights.names import huggingface_views, unwrap
 
 
 def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
@@ -46,12 +47,13 @@ def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
 def hugging_face_tokenizer(encoding: tiktoken.Encoding | BPETokenizer) -> Tokenizer:
     """Return Hugging Face's tokenizer with the ids of `encoding.encode(text, allowed_special="all")`.
 
-    Raises ValueError if the encoding is no byte pair encoding, or its ids have gaps.
+    Raises ValueError if the encoding is no byte pair encoding, its ids have gaps, or special tokens overlap.
     """
     # The vocabulary, its bytes as visible characters.
     if isinstance(encoding, BPETokenizer):
         encoding = encoding.to_tiktoken()
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    check_apart(special)
     shown = {token: "".join(map(BYTE_TO_UNICODE.get, token)) for token in sorted(ranks, key=ranks.get)}
     vocabulary = {text: ranks[token] for token, text in shown.items()} | special
     if sorted(vocabulary.values()) != list(range(encoding.n_vocab)):
@@ -79,7 +81,7 @@ def export_to_hugging_face(
     """Write a folder that transformers' `AutoModelForCausalLM` and, with an encoding, `AutoTokenizer` load.
 
     Args:
-        model: Of a configuration that has a counterpart, see `family_of`.
+        model: Of a configuration that has a counterpart, see `family_of`. It may be wrapped, see `unwrap`.
         folder: It must not exist, or be empty; it appears when it is complete.
         encoding: The model's tokenizer, with the token "<|endoftext|>", which becomes the one that ends a text.
 
@@ -87,6 +89,7 @@ def export_to_hugging_face(
         ValueError: The configuration has no counterpart, or the encoding has more tokens than the model.
         FileExistsError: The folder holds something.
     """
+    model = unwrap(model)
     values = config_to_hf(model.config)
     files, end = {}, None
     # The tokenizer in two files: what it does, and how transformers wraps it.

@@ -7,12 +7,15 @@ Left out: other architectures than `FAMILIES`, and other libraries than transfor
 
 Follows the files that transformers saves.
 
-Explained and proven in ch04_gpt/05_modern_variants.ipynb; written from there by `make promote`.
+`unwrap` and `unwrapped_name` find the model, and its own names, inside the wrappers of a training run.
+
+Explained and proven in ch04_gpt/05_modern_variants.ipynb and ch05_pretraining/05_many_machines.ipynb; written
+from there by `make promote`.
 """
 
 import re
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.checks import choose
 from shared.model.gpt import GPTModel
@@ -46,6 +49,12 @@ _EXPERTS = {
     "blocks.{}.feed_forward.experts.{}.down": _LAYER + "block_sparse_moe.experts.{}.w2",
     "blocks.{}.feed_forward.experts.{}.up": _LAYER + "block_sparse_moe.experts.{}.w3",
 }
+_QWEN3_EXPERTS = {
+    "blocks.{}.feed_forward.router": _LAYER + "mlp.gate",
+    "blocks.{}.feed_forward.experts.{}.gate": _LAYER + "mlp.experts.{}.gate_proj",
+    "blocks.{}.feed_forward.experts.{}.up": _LAYER + "mlp.experts.{}.up_proj",
+    "blocks.{}.feed_forward.experts.{}.down": _LAYER + "mlp.experts.{}.down_proj",
+}
 _LAYER_GPT2 = "transformer.h.{}."
 _GPT2: dict[str, str | tuple[str, ...]] = {
     "token_embedding": "transformer.wte",
@@ -66,6 +75,8 @@ FAMILIES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "mistral": _LLAMA | _SWIGLU,
     "qwen3": _LLAMA | _SWIGLU | _QK_NORM,
     "mixtral": _LLAMA | _EXPERTS,
+    "qwen3_moe": _LLAMA | _QWEN3_EXPERTS | _QK_NORM,
+    "helium": _LLAMA | _SWIGLU,
 }
 # In transformers' GPT-2 these matrices stand the other way round, rows are inputs (its class Conv1D).
 _TRANSPOSED = re.compile(r"transformer\.h\.\d+\.\w+\.c_\w+\.weight")
@@ -79,12 +90,14 @@ def huggingface_views(model: GPTModel, family: str) -> dict[str, Tensor]:
     Raises:
         ValueError: The family is not in `FAMILIES`, or it has no counterpart of one of the parameters.
     """
+    model = unwrap(model)
     names, config = choose("family", family, FAMILIES), model.config
     query_rows = config.n_heads * config.actual_head_dim
     other_rows = (config.n_kv_heads or config.n_heads) * config.actual_head_dim
     views: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         # Their name of this layer, or their three names; the map has {} for the numbers.
+        name = unwrapped_name(name)
         layer, _, kind = name.rpartition(".")
         theirs = names.get(re.sub(r"\.\d+\b", ".{}", layer))
         if theirs is None:
@@ -99,3 +112,24 @@ def huggingface_views(model: GPTModel, family: str) -> dict[str, Tensor]:
             full = f"{other.format(*numbers)}.{kind}"
             views[full] = part.T if _TRANSPOSED.fullmatch(full) else part
     return views
+
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside all wrappers (torch.compile, DDP, FSDP, averages), which is the same object as before.
+
+    A wrapper is a module whose only child has one of the names in `WRAPPERS`. FSDP2 wraps nothing.
+    """
+    children = dict(model.named_children())
+    inside = next((name for name in WRAPPERS if children.keys() == {name}), None)
+    return model if inside is None else unwrap(children[inside])
+
+
+def unwrapped_name(name: str) -> str:
+    """Return the name that a parameter has without wrappers, around the model or around modules inside."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS or part == "module"]
+    while len(parts) > 1 and parts[0] == "module":  # further inside it may be a module of the model's own
+        parts.pop(0)
+    return ".".join(parts)

@@ -56,6 +56,8 @@ GPT2_REPOSITORIES = {
     "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
     "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
 }
+# What others call the same four.
+ALIASES = {"gpt2": "gpt2-small"} | {repository: name for name, (repository, _) in GPT2_REPOSITORIES.items()}
 
 
 def shipped_checkpoints() -> list[str]:
@@ -72,9 +74,9 @@ def load_pretrained(
     """Return a trained model in evaluation mode; the process's memory grows by little more than the weights.
 
     Args:
-        name_or_path: A name in `GPT2_REPOSITORIES` (from the Hub's cache or the network), a name in
+        name_or_path: A name in `GPT2_REPOSITORIES` or `ALIASES` (from the Hub's cache or the network), a name in
             `shipped_checkpoints()`, or the path of a folder in our format or in Hugging Face's, of a family that
-            `config_from_hf` knows. A name comes before a folder of the same name.
+            `config_from_hf` knows. A name comes before a folder of the same name, which is "./name".
         device: Where the parameters are put.
         dtype: Their type; None keeps the one that most of the stored numbers have.
 
@@ -84,7 +86,7 @@ def load_pretrained(
         DownloadError: The Hub's file cannot be had.
     """
     # Configuration and files: from the Hub, or from a folder.
-    name = os.fspath(name_or_path)
+    name = ALIASES.get(os.fspath(name_or_path), os.fspath(name_or_path))
     if name in GPT2_REPOSITORIES:
         repository, commit = GPT2_REPOSITORIES[name]
         family, config = "gpt2", GPTConfig.preset(name)
@@ -93,7 +95,7 @@ def load_pretrained(
         known = shipped_checkpoints()
         folder = CHECKPOINTS / name if name in known else Path(name)
         if not folder.is_dir():
-            allowed = ", ".join([*GPT2_REPOSITORIES, *known])
+            allowed = ", ".join([*GPT2_REPOSITORIES, *ALIASES, *known])
             raise ValueError(f"name_or_path must be one of {allowed}, or an existing folder, got {name!r}")
         family, config = read_config(folder / "config.json")
         files = weight_files(folder)

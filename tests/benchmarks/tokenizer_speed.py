@@ -21,7 +21,8 @@ import tokenizers
 
 from shared.data.corpus import stories_text
 from shared.data.download import fetch_or_none
-from shared.text.tokenizer import BYTE_TO_UNICODE, BPETokenizer
+from shared.text.merges import BYTE_TO_UNICODE
+from shared.text.tokenizer import BPETokenizer
 
 
 def alternate(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -80,7 +81,7 @@ def main() -> None:
     ids = ours.encode(text, disallowed_special=())
     assert ids == fast.encode(text, disallowed_special=()) == hugging_face.encode(text).ids
     print(
-        f"{megabytes:.2f} MB, {ours.vocab_size:,} tokens, {len(ids):,} ids, {options.repeats} rounds, one thread"
+        f"{megabytes:.2f} MB, {ours.n_vocab:,} tokens, {len(ids):,} ids, {options.repeats} rounds, one thread"
     )
 
     training = {

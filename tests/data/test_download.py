@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
 import tiktoken
 from huggingface_hub import constants as hub_constants
 from tiktoken import load as tiktoken_load
@@ -95,6 +96,8 @@ def server() -> Iterator[LoopbackServer]:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -492,6 +495,89 @@ def test_dead_proxy(register, monkeypatch):
         assert "no network through the proxy" in message_of(lambda: fetch("a.txt"))
 
 
+BEHIND = "http://behind-the-proxy.invalid/a.txt"
+
+
+def without_socks(*_: object, **__: object) -> None:
+    """Do what `requests` does where PySocks is not installed."""
+    raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("ALL_PROXY", "socks5h://me:secret@127.0.0.1:9", "ALL_PROXY needs the package PySocks"),
+        ("all_proxy", "socks5h://me:secret@127.0.0.1:9", "all_proxy needs the package PySocks"),
+        ("HTTP_PROXY", "socks5://me:secret@127.0.0.1:9", "HTTP_PROXY needs the package PySocks"),
+        ("HTTP_PROXY", "secret://127.0.0.1:9", "HTTP_PROXY cannot be used"),
+        ("http_proxy", "http://", "http_proxy cannot be used"),
+        ("ALL_PROXY", "http://me:secret@127.0.0.1:port", "ALL_PROXY cannot be used"),
+        ("HTTP_PROXY", "http://me:secret@127.0.0.1:1", "no network through the proxy"),
+    ],
+)
+def test_the_proxy_that_stands_in_the_way_is_named(setting, value, reason, register, monkeypatch, capsys):
+    monkeypatch.setenv(setting, value)
+    monkeypatch.setattr(requests.adapters, "SOCKSProxyManager", without_socks)
+    register("a.txt", CONTENT, BEHIND)
+    with within(LIMIT):
+        message = message_of(lambda: fetch("a.txt"))
+    assert message.startswith(f"a.txt: {reason} (") and setting in message and "secret" not in message
+    assert fetch_or_none("a.txt", "stories.txt") is None
+    assert capsys.readouterr().out == f"a.txt: not available ({reason}); using stories.txt instead.\n"
+
+
+def test_a_proxy_that_is_passed_by_is_not_blamed(register, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "secret://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    register("a.txt", CONTENT, f"{closed_port()}/a.txt")
+    assert message_of(lambda: fetch("a.txt")).startswith("a.txt: no network (cannot reach 127.0.0.1")
+
+
+@pytest.mark.parametrize("setting", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_certificates_that_cannot_be_used_are_named(setting, server, register, monkeypatch, tmp_path):
+    monkeypatch.setenv(setting, str(tmp_path / "gone.pem"))
+    register("a.txt", CONTENT, server.address.replace("http:", "https:"))
+    assert message_of(lambda: fetch("a.txt")).startswith(f"a.txt: {setting} names no file (")
+    (tmp_path / "gone.pem").write_text("no certificate")
+    message = message_of(lambda: fetch("a.txt"))
+    assert (
+        message.startswith("a.txt: no trusted TLS connection (") and f"certificates of {setting}" in message
+    )
+
+
+def test_certificates_that_are_needed_only_on_the_way_are_named(server, register, monkeypatch, tmp_path):
+    # The address itself needs none, the one that it leads to does.
+    def lead_on(handler: Handler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", server.address.replace("http:", "https:") + "/b.txt")
+        handler.end_headers()
+
+    server.routes["/a.txt"] = lead_on
+    register("a.txt", CONTENT, f"{server.address}/a.txt")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "gone.pem"))
+    assert message_of(lambda: fetch("a.txt")).startswith("a.txt: REQUESTS_CA_BUNDLE names no file (")
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    assert message_of(lambda: fetch("a.txt")).startswith("a.txt: no trusted TLS connection (")
+    assert kept(tmp_path / "cache") == []
+
+
+def test_a_server_that_hangs_up_and_errors_that_nobody_knows_are_not_called_no_network(
+    server, register, monkeypatch
+):
+    def hang_up(handler: Handler) -> None:
+        handler.close_connection = True
+
+    server.routes["/a.txt"] = hang_up
+    register("a.txt", CONTENT, f"{server.address}/a.txt")
+    assert message_of(lambda: fetch("a.txt")).startswith("a.txt: connection broken (127.0.0.1")
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("something new\nin two lines")
+
+    monkeypatch.setattr(download.requests, "head", fail)
+    assert message_of(lambda: fetch("a.txt")).startswith("a.txt: request failed (KeyError: ")
+
+
 @pytest.mark.parametrize("disabled", ["", "1"])
 def test_progress_bar(disabled, server, tmp_path, monkeypatch):
     # In a new process, because tqdm reads the variable on import.
@@ -694,6 +780,30 @@ def test_model_file_without_a_network(address, monkeypatch):
     with within(LIMIT):
         message = message_of(lambda: fetch_model_file("course/tiny", "model.safetensors", "main"))
     assert message.startswith("course/tiny/model.safetensors: no network (cannot reach ")
+
+
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "http://[::1", "ftp://huggingface.co", "https://"])
+def test_a_malformed_endpoint_is_named(endpoint, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    message = message_of(lambda: fetch_model_file("course/tiny", "config.json", "main"))
+    assert (
+        message.startswith("course/tiny/config.json: malformed address (") and "from HF_ENDPOINT" in message
+    )
+
+
+def test_certificates_that_the_hub_cannot_find_are_named(hub, monkeypatch, tmp_path):
+    program = (
+        "from shared.data.download import fetch_model_file\n"
+        "try:\n"
+        "    fetch_model_file('course/tiny', 'config.json', 'main')\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "gone.pem"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    # In a new process, because the library keeps its connections.
+    done = run_python(program, tmp_path)
+    assert done.stdout.startswith("course/tiny/config.json: SSL_CERT_FILE names no file ("), done.stderr
 
 
 def test_model_file_in_offline_mode(hub, monkeypatch):

@@ -17,6 +17,7 @@ VARIANTS = {
     "mistral": {**LLAMA, "window": 3},
     "mixtral": {**LLAMA, "feed_forward": "moe", "feed_forward_dim": 8, "n_experts": 3},
     "no positions": {"positions": "none"},
+    "post-norm": {"pre_norm": False},
 }
 
 
@@ -54,6 +55,44 @@ def slowly(model, prompt, n, *, temperature=0.0, processors=(), stop_tokens=(), 
 
 def random_prompts(rng: random.Random, n: int, longest: int = 12, vocab_size: int = 40) -> list[list[int]]:
     return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(n)]
+
+
+class Told(nn.Module):
+    """A decoder without a cache that gives the same logits (vocab_size,), or those of each step, whatever it reads."""
+
+    def __init__(self, *logits: torch.Tensor, context_length: int = 300) -> None:
+        super().__init__()
+        self.logits, self.n_calls = logits, 0
+        self.config = GPTConfig(vocab_size=len(logits[0]), context_length=context_length)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def new_caches(self, max_length: int | None = None) -> list:
+        return []
+
+    def forward(self, tokens: torch.Tensor, **options: object) -> torch.Tensor:
+        step = self.logits[min(self.n_calls, len(self.logits) - 1)]
+        self.n_calls += 1
+        return step.expand(len(tokens), 1, -1)
+
+
+# Logits from which nothing can be chosen, and what the error calls them.
+NOT_A_NUMBER, INFINITE = float("nan"), float("inf")
+BROKEN = {
+    "nan": torch.full((6,), NOT_A_NUMBER),
+    "one nan": torch.tensor([0.0, 1.0, NOT_A_NUMBER, 2.0, 0.0, 0.0]),
+    "nan and inf": torch.tensor([0.0, INFINITE, NOT_A_NUMBER, 2.0, 0.0, 0.0]),
+    "inf": torch.tensor([0.0, INFINITE, 0.0, 2.0, 0.0, 0.0]),
+    "only -inf": torch.full((6,), -INFINITE),
+}
+SAID = {"nan": "nan", "one nan": "nan", "nan and inf": "nan", "inf": "inf", "only -inf": "only -inf"}
+HEALTHY = torch.tensor([0.0, -INFINITE, 0.0, 5.0, 0.0, -INFINITE])
+
+
+def broken_weights() -> GPTModel:
+    """A GPT with one weight that is no number."""
+    model = build()
+    model.final_norm.weight.data[3] = NOT_A_NUMBER
+    return model
 
 
 def random_gpt(vocab_size: int, seed: int, dtype: torch.dtype = torch.float64) -> GPTModel:

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from shared.generation.sampling import NoRepeatNGram, TopK
 from shared.model import seq2seq
 from shared.model.gpt import GPTModel
 from shared.model.seq2seq import Hypothesis
-from tests.generation.decoders import random_gpt
+from tests.generation.decoders import BROKEN, HEALTHY, SAID, Told, random_gpt
 
 
 def with_end(hypothesis: Hypothesis, end: int | None) -> tuple[int, ...]:
@@ -217,7 +218,9 @@ def test_the_length_counts_the_end(finished, expected):
         (([1], 0), {"beam_size": 2}, "max_new_tokens"),
         (([], 3), {"beam_size": 2}, "prompt"),
         (([9], 3), {"beam_size": 2}, "prompt"),
-        (([1], 20), {"beam_size": 2}, "context_length"),
+        (([1], 21), {"beam_size": 2}, "context_length"),
+        (([1], 3), {"beam_size": True}, "beam_size"),
+        (([1], 3), {"beam_size": 2, "end_token": True}, "end_token"),
         (([1], 3), {"beam_size": 2, "end_token": 9}, "end_token"),
         (([1], 3), {"beam_size": 2, "length_penalty": math.nan}, "length_penalty"),
         (([1], 3), {"beam_size": 2, "length_penalty": 11}, "length_penalty"),
@@ -226,3 +229,55 @@ def test_the_length_counts_the_end(finished, expected):
 def test_beam_search_refuses(arguments, options, named):
     with pytest.raises(ValueError, match=named):
         beam_search(random_gpt(9, 0), *arguments, **options)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_does_not_write(name, beam_size):
+    message = f"^logits must be numbers or -inf, at least one number a row, got {SAID[name]}$"
+    for model in (Told(BROKEN[name]), Told(HEALTHY, BROKEN[name])):
+        with pytest.raises(ValueError, match=message):
+            beam_search(model, [1], 4, beam_size=beam_size, end_token=0)
+    broken = lambda ids, logits: BROKEN[name].expand(len(logits), 6)
+    with pytest.raises(ValueError, match=message):
+        beam_search(Told(HEALTHY), [1], 4, beam_size=beam_size, processors=[broken])
+
+
+def test_minus_infinity_is_allowed_beside_a_number():
+    found = beam_search(Told(HEALTHY), [1], 3, beam_size=100, length_penalty=0.0)
+    assert len(found) == 4**3 and all({0, 2, 3, 4} >= set(h.ids) for h in found)
+
+
+@pytest.mark.parametrize("length", [1, 12, 20])
+def test_the_last_token_needs_no_place_in_the_context(length):
+    model, prompt = random_gpt(9, 0), [3] * length
+    found = beam_search(model, prompt, 21 - length, beam_size=1)[0]
+    assert len(found.ids) == 21 - length
+    assert found.log_probability == pytest.approx(log_probability(model, prompt, found.ids), abs=1e-6)
+    with pytest.raises(ValueError, match="context_length"):
+        beam_search(model, prompt, 22 - length, beam_size=1)
+
+
+def test_the_sum_of_many_log_probabilities_is_one_of_float64():
+    logits = torch.randn(5_000, generator=torch.Generator().manual_seed(0))
+    first, second = logits.double().log_softmax(-1).topk(2).values.tolist()
+    best, next_best = beam_search(Told(logits), [1], 250, beam_size=2, length_penalty=0.0)
+    assert best.log_probability == pytest.approx(250 * first, abs=1e-9)
+    assert next_best.log_probability == pytest.approx(249 * first + second, abs=1e-9)
+
+
+def test_numbers_of_numpy_and_torch_and_iterators():
+    model = random_gpt(9, 0)
+    expected = beam_search(model, [1, 2], 6, beam_size=2, end_token=0, processors=[TopK(3)])
+    for prompt, number in ((np.array([1, 2]), np.int64), (torch.tensor([1, 2]), torch.tensor)):
+        numbers = {"beam_size": number(2), "end_token": number(0), "length_penalty": np.float32(1)}
+        found = beam_search(model, prompt, number(6), processors=iter([TopK(number(3))]), **numbers)
+        assert found == expected
+
+
+def test_every_module_keeps_its_own_mode():
+    model = random_gpt(9, 0).train()
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    beam_search(model, [1], 4, beam_size=2)
+    assert [module.training for module in model.modules()] == before

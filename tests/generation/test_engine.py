@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from shared.generation.engine import apply_processors, choose_tokens, evaluating, generate, stream
 from shared.model.gpt import GPTConfig, GPTModel
-from tests.generation.decoders import MODEL, MODELS, build, random_prompts, slowly
+from tests.generation.decoders import (
+    BROKEN,
+    HEALTHY,
+    MODEL,
+    MODELS,
+    SAID,
+    Told,
+    broken_weights,
+    build,
+    random_prompts,
+    slowly,
+)
 
 
 def one_liked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -65,15 +77,31 @@ def test_slide_is_no_different_while_the_context_suffices():
     assert generate(MODEL, [[1, 2]], 30, overflow="slide") == generate(MODEL, [[1, 2]], 30)
 
 
-def test_the_whole_context_can_be_used_and_no_more():
-    prompt = [3] * 20
-    assert len(generate(MODEL, [prompt], 12)[0]) == 12
+def test_more_than_the_context_is_refused_before_anything_is_computed():
     calls = []
     handle = MODEL.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(ValueError, match=r"20 ids and max_new_tokens=13 exceed .* context_length=32"):
-        generate(MODEL, [[1], prompt], 13)
+    with pytest.raises(ValueError, match=r"20 ids and max_new_tokens=14 exceed .* context_length=32"):
+        generate(MODEL, [[1], [3] * 20], 14)
+    with pytest.raises(ValueError, match="33 ids and max_new_tokens=1 exceed"):
+        generate(MODEL, [[3] * 33], 1)
     handle.remove()
-    assert not calls  # refused before anything is computed
+    assert not calls
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("length", [1, 20, 32])
+def test_the_last_token_needs_no_place_in_the_context(name, length):
+    """Prompt and new tokens are one more than the context, which is read to its end and not anew."""
+    model, prompt, n_new = MODELS[name], [3] * length, 33 - length
+    options = {"temperature": 1.0, "seed": 1}
+    expected, n_read = slowly(model, prompt, n_new, **options), []
+    assert len(expected) == n_new
+    handle = model.register_forward_pre_hook(lambda _, arguments: n_read.append(arguments[0].shape[1]))
+    assert generate(model, [prompt], n_new, **options) == [expected]
+    assert list(stream(model, prompt, n_new, overflow="slide", **options)) == expected
+    handle.remove()
+    assert all(n in (1, length) for n in n_read)
+    assert generate(model, [[5], prompt], n_new, seed=[0, 1], temperature=1.0)[1] == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -124,7 +152,7 @@ def test_greedy_equals_transformers(seed):
     assert generate(ours, prompts, 25, stop_tokens=[7]) == expected
 
 
-# --- choice, seeds, stops, modes
+# --- choice and seeds
 
 
 def test_seeds():
@@ -163,10 +191,65 @@ def test_choice_at_the_edges():
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
     for uniform, token in ((0.0, 1), (0.4999, 1), (0.5, 2), (1 - 2**-53, 2)):
         assert choose_tokens(logits, 1.0, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
-    half = torch.tensor([0.5], dtype=torch.float64)
-    for wrong in (float("nan"), float("-inf")):
-        with pytest.raises(ValueError, match="logits must be numbers or -inf"):
-            choose_tokens(torch.full((1, 4), wrong), 1.0, half)
+
+
+# --- a broken model does not write
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_logits_are_refused(name, dtype, temperature):
+    message = f"^logits must be numbers or -inf, at least one number a row, got {SAID[name]}$"
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    rows = torch.stack([HEALTHY, BROKEN[name]]).to(dtype)
+    with pytest.raises(ValueError, match=message):
+        choose_tokens(rows, temperature, half)
+    model = Told(BROKEN[name].to(dtype))
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1], [2]], 3, temperature=temperature)
+    with pytest.raises(ValueError, match=message):
+        next(stream(model, [1], 3, temperature=temperature))
+    with pytest.raises(ValueError, match=message):  # a processor may break it too
+        broken = lambda ids, logits: BROKEN[name].to(logits.dtype).expand(len(logits), 6)
+        generate(Told(HEALTHY), [[1], [2, 3]], 3, temperature=temperature, processors=[broken])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_minus_infinity_is_allowed_beside_a_number(temperature):
+    written = generate(Told(HEALTHY), [[1]] * 20, 20, temperature=temperature, seed=0)
+    allowed = {3} if temperature == 0 else {0, 2, 3, 4}
+    assert {token for row in written for token in row} == allowed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_weight_and_what_was_written_before(temperature):
+    with pytest.raises(ValueError, match="logits must be numbers"):
+        generate(broken_weights(), [[1, 2, 3]], 8, temperature=temperature)
+    steps = stream(Told(HEALTHY, HEALTHY, BROKEN["nan"]), [1], 8, temperature=temperature)
+    assert next(steps) in range(6) and next(steps) in range(6)
+    with pytest.raises(ValueError, match="got nan"):
+        next(steps)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_has_ended_cannot_break_the_others(temperature):
+    """One of eleven rows stays in the batch after its end, when a processor leaves it nothing."""
+    end = generate(MODEL, [[7]], 1, temperature=temperature, seed=0)[0][0]
+
+    def only_the_first_ends(ids, logits):  # prompts differ in length, so it gets one row at a time
+        is_first, has_ended = ids[0, 0] == 7, end in ids[0]
+        cut = torch.arange(40) >= 0 if has_ended else torch.arange(40) == end
+        return logits if is_first and not has_ended else logits.masked_fill(cut, -torch.inf)
+
+    prompts = [[7], *([token, token] for token in range(8, 20) if token != end)][:11]
+    options = {"temperature": temperature, "processors": [only_the_first_ends], "stop_tokens": [end]}
+    together = generate(MODEL, prompts, 6, seed=0, **options)
+    alone = [generate(MODEL, [prompt], 6, seed=i, **options)[0] for i, prompt in enumerate(prompts)]
+    assert together == alone and together[0] == [] and all(len(row) == 6 for row in together[1:])
+
+
+# --- stops and modes
 
 
 def test_stop_tokens_end_their_row_only():
@@ -196,15 +279,59 @@ def test_mode_and_gradients_are_left_as_they_were():
     model.blocks[1].eval()
     before = [module.training for module in model.modules()]
     stopped = stream(model, [1, 2], 5)
+    for _ in range(2):
+        next(stopped)
+        assert [module.training for module in model.modules()] == before
+        assert not torch.is_inference_mode_enabled()
+    model.blocks[0].eval()  # what is changed meanwhile stays changed
     next(stopped)
-    assert not model.training and not torch.is_inference_mode_enabled()
+    assert not model.blocks[0].training
+    model.blocks[0].train()
     stopped.close()
+    assert [module.training for module in model.modules()] == before
     generate(model, [[1]], 2)
     assert [module.training for module in model.modules()] == before and True in before
     with pytest.raises(RuntimeError), evaluating(model):
         raise RuntimeError
     assert [module.training for module in model.modules()] == before
     model(torch.tensor([[1, 2]])).sum().backward()  # weights are still ordinary tensors
+
+
+SIDE_BY_SIDE = {
+    "fast": ({}, "error"),
+    "window": ({"window": 3}, "error"),
+    "post-norm": ({"pre_norm": False}, "error"),
+    "sliding": ({}, "slide"),
+}
+
+
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_streams_side_by_side_are_those_alone(name):
+    options, overflow = SIDE_BY_SIDE[name]
+    model, n_new = build(dropout=0.5, **options), 60 if overflow == "slide" else 20
+    assert model.training
+    write = {"temperature": 1.0, "overflow": overflow}
+    first, second = generate(model, [[1, 2], [3]], n_new, seed=[4, 9], **write)
+    for lengths in (
+        (n_new, n_new // 2),
+        (n_new // 2, n_new),
+    ):  # the one that was begun later ends first, or last
+        streams = [
+            stream(model, prompt, length, seed=seed, **write)
+            for prompt, length, seed in zip(([1, 2], [3]), lengths, (4, 9), strict=True)
+        ]
+        pairs = zip(*itertools.zip_longest(*streams), strict=True)
+        for written, alone, length in zip(pairs, (first, second), lengths, strict=True):
+            assert list(written[:length]) == alone[:length]
+        assert all(module.training for module in model.modules())
+
+
+def test_a_model_can_be_trained_between_two_tokens():
+    model = build(dropout=0.5)
+    for _ in stream(model, [1, 2], 3):
+        tokens = torch.tensor([[1, 2, 3]])
+        assert not torch.equal(model(tokens), model(tokens))  # dropout is on
+        model(tokens).sum().backward()
 
 
 def test_stream_comes_as_it_is_made():
@@ -222,13 +349,47 @@ def test_bfloat16_and_half_logits_reach_processors_as_float32():
     assert set(kinds) == {torch.float32}
 
 
-def test_numpy_and_tensor_prompts():
-    expected = generate(MODEL, [[1, 2]], 4)
-    assert (
-        generate(MODEL, torch.tensor([[1, 2]]), 4)
-        == generate(MODEL, [torch.tensor([1, 2]).numpy()], 4)
-        == expected
-    )
+PROMPTS = {
+    "lists of numpy numbers": [[np.int64(1), np.int32(2)]],
+    "lists of torch numbers": [[torch.tensor(1), torch.tensor(2)]],
+    "numpy rows": [np.array([1, 2])],
+    "torch rows": [torch.tensor([1, 2])],
+    "a tensor": torch.tensor([[1, 2]]),
+    "an array": np.array([[1, 2]]),
+    "a tensor of one prompt": torch.tensor([1, 2]),
+    "an array of one prompt": np.array([1, 2], dtype=np.int32),
+    "tuples": ((1, 2),),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_of_all_kinds(name):
+    options = {"temperature": 1.0, "seed": 3, "stop_tokens": [30]}
+    expected = generate(MODEL, [[1, 2]], 8, **options)
+    assert generate(MODEL, PROMPTS[name], 8, **options) == expected
+    assert all(type(token) is int for token in generate(MODEL, PROMPTS[name], 8, **options)[0])
+
+
+def test_iterators_and_numbers_of_numpy_and_torch():
+    options = {"temperature": 1.0, "seed": 3, "stop_tokens": [30], "processors": [one_liked]}
+    expected = generate(MODEL, [[1, 2], [3]], 8, **options)
+    for number, stops in ((np.int64, np.array([30])), (torch.tensor, torch.tensor([30])), (int, {30})):
+        options = {
+            "temperature": 1.0,
+            "seed": number(3),
+            "stop_tokens": stops,
+            "processors": iter([one_liked]),
+        }
+        assert generate(MODEL, (iter(prompt) for prompt in ([1, 2], [3])), number(8), **options) == expected
+    for heat, seeds in (
+        (np.float32(1), np.array([3, 4])),
+        (torch.tensor(1.0), [np.int64(3), torch.tensor(4)]),
+    ):
+        options |= {"temperature": heat, "seed": seeds, "processors": [one_liked], "stop_tokens": iter([30])}
+        assert generate(MODEL, [[1, 2], [3]], 8, **options) == expected
+    options = {"temperature": np.float64(1), "seed": np.uint8(3), "processors": iter([one_liked])}
+    written = stream(MODEL, torch.tensor([1, 2]), np.int64(8), stop_tokens=iter([np.int64(30)]), **options)
+    assert list(written) == expected[0]
 
 
 # --- bad input
@@ -242,6 +403,22 @@ BAD = [
     ({"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
     ({"max_new_tokens": -3}, "got -3"),
     ({"max_new_tokens": 2.0}, "got 2.0"),
+    ({"max_new_tokens": True}, "max_new_tokens must be an int of at least 1, got True"),
+    ({"max_new_tokens": torch.tensor(True)}, r"got tensor\(True\)"),
+    ({"prompts": [[True]]}, "from 0 to 39, got True"),
+    ({"prompts": [[np.True_]]}, "from 0 to 39, got"),
+    ({"prompts": [torch.tensor([True])]}, "from 0 to 39, got True"),
+    ({"prompts": [torch.tensor([0.5])]}, "from 0 to 39, got 0.5"),
+    ({"prompts": [torch.tensor(3)]}, r"prompts\[0\] must be a sequence of ids, got tensor\(3\)"),
+    ({"prompts": torch.tensor([0.5])}, "from 0 to 39|sequence of ids"),
+    ({"prompts": 5}, "prompts must be a sequence of prompts, got 5"),
+    ({"temperature": True}, "temperature must be a number of at least 0, got True"),
+    ({"temperature": "1"}, "temperature must be a number of at least 0, got '1'"),
+    ({"seed": True}, "seed must be whole numbers from 0 to .*, got True"),
+    ({"seed": 1.5}, "seed must be whole numbers from 0 to .*, got 1.5"),
+    ({"seed": -1}, "seed must be whole numbers from 0 to .*, got -1"),
+    ({"seed": 2**70}, "seed must be whole numbers"),
+    ({"seed": ["a"]}, "seed must be whole numbers"),
     ({"temperature": -0.1}, "temperature must be a number of at least 0, got -0.1"),
     ({"temperature": float("nan")}, "temperature"),
     ({"temperature": float("inf")}, "temperature"),
@@ -261,7 +438,7 @@ def test_bad_arguments(change, message):
     arguments = {"prompts": [[1, 2]], "max_new_tokens": 3, **change}
     with pytest.raises(ValueError, match=message):
         generate(MODEL, **arguments)
-    if "seed" not in change and arguments["prompts"] != [1, 2]:
+    if "seed" not in change and isinstance(arguments["prompts"], list) and arguments["prompts"] != [1, 2]:
         (*_, prompt), n = arguments.pop("prompts"), arguments.pop("max_new_tokens")
         with pytest.raises(ValueError):
             result = stream(MODEL, prompt, n, **arguments)  # at the call, but for processors

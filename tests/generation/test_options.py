@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,7 +129,7 @@ def test_they_are_values_and_survive_json():
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_new_tokens", [0, -1, 2.0, True, "5", None]),
+        ("max_new_tokens", [0, -1, 2.0, True, "5", None, np.True_, torch.tensor(True)]),
         ("temperature", [-1, 1e-7, math.nan, math.inf, "1", True, None]),
         ("top_k", [-1, 2.5, True, None]),
         ("top_p", [0, 1.01, math.nan, "0.9"]),
@@ -157,3 +158,29 @@ def test_bad_values(name, values):
 def test_bad_entries(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
         GenerationOptions(**{name: value})
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor])
+@pytest.mark.parametrize("whole", [np.int64, np.uint8, torch.tensor])
+def test_numbers_of_numpy_and_torch_become_numbers_of_python(number, whole):
+    wholes = {"max_new_tokens": 8, "top_k": 5, "no_repeat_ngram": 2, "seed": 3}
+    others = {"temperature": 0.5, "top_p": 0.75, "min_p": 0.25, "typical": 0.5, "repetition_penalty": 1.5}
+    others |= {"presence_penalty": 0.5, "frequency_penalty": 0.25}
+    options = GenerationOptions(
+        **{name: whole(value) for name, value in wholes.items()},
+        **{name: number(value) for name, value in others.items()},
+        stop_tokens=[whole(1), whole(2)],
+    )
+    plain = GenerationOptions(**wholes, **others, stop_tokens=[1, 2])
+    assert options == plain and repr(options) == repr(plain) and hash(options) == hash(plain)
+    assert json.loads(json.dumps(dataclasses.asdict(options))) == json.loads(
+        json.dumps(dataclasses.asdict(plain))
+    )
+
+
+@pytest.mark.parametrize("series", [iter, set, tuple, list])
+def test_stops_may_come_in_any_series(series):
+    options = GenerationOptions(stop_tokens=series([7]), stop_strings=series(["END"]))
+    assert options.stop_tokens == (7,) and options.stop_strings == ("END",)
+    assert GenerationOptions(stop_tokens=np.array([7, 8])).stop_tokens == (7, 8)
+    assert GenerationOptions(stop_tokens=torch.tensor([7, 8])).stop_tokens == (7, 8)

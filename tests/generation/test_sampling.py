@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -309,3 +310,49 @@ def test_generate_uses_them():
     assert generate(model, [[1, 2]], 10, temperature=1.0, processors=[TopK(1)], seed=3)[0] == greedy
     once = generate(model, [[1, 2]], 12, processors=[NoRepeatNGram(1)])[0]
     assert len(set(once)) == 12 and not {1, 2} & set(once)
+
+
+# --- numbers of NumPy and torch
+
+
+@pytest.mark.parametrize("sample", SAMPLES, **by_name)
+def test_numbers_of_numpy_and_torch_are_kept_as_numbers_of_python(sample):
+    settings_ = dataclasses.asdict(sample)
+    for kind in (np.asarray, torch.tensor, lambda value: np.asarray(value)[()]):
+        given_ = {
+            name: kind(value) if isinstance(value, int) else kind(np.float64(value))
+            for name, value in settings_.items()
+        }
+        processor = type(sample)(**given_)
+        assert processor == sample and repr(processor) == repr(sample) and hash(processor) == hash(sample)
+    for wrong in (np.True_, torch.tensor(True), np.array([1]), torch.tensor([1]), "1", None):
+        with pytest.raises(ValueError, match="must be a"):
+            type(sample)(**dict.fromkeys(settings_, wrong))
+
+
+# --- sums over large vocabularies
+
+
+def kept_by_definition(distance: np.ndarray, probabilities: np.ndarray, mass: float) -> torch.Tensor:
+    """The tokens of the smallest distance whose probability reaches `mass`, and ties; in extended precision."""
+    order = np.argsort(distance, kind="stable")
+    last = np.argmax(np.cumsum(probabilities[order]) >= mass)
+    return torch.from_numpy(distance <= distance[order[last]])
+
+
+@pytest.mark.parametrize("mass", [0.8, 0.95, 0.98, 0.99, 0.999])
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("vocab_size", [50_257, 128_256])
+def test_cuts_by_mass_keep_what_an_exact_sum_keeps(vocab_size, scale, mass):
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(1, vocab_size, generator=generator)
+    numbers = logits[0].numpy().astype(np.longdouble)
+    probabilities = np.exp(numbers - numbers.max())
+    probabilities /= probabilities.sum()
+    surprise = -np.log(probabilities)
+    distance = np.abs(surprise - (probabilities * surprise).sum())
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    kept, expected = left(TopP(mass)(ids, logits))[0], kept_by_definition(-numbers, probabilities, mass)
+    assert torch.equal(kept, expected)
+    kept, expected = left(Typical(mass)(ids, logits))[0], kept_by_definition(distance, probabilities, mass)
+    assert torch.equal(kept, expected)

@@ -5,9 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from shared.model.attention import (
     KeyValueCache,
@@ -16,6 +19,7 @@ from shared.model.attention import (
     check_mask,
     scaled_dot_product_attention,
 )
+from shared.model.positions import AlibiBias, RelativePositionBias
 
 BATCH, TOKENS, EMB_DIM, N_HEADS = 3, 7, 24, 4
 
@@ -72,10 +76,26 @@ def test_causal_mask_is_square_without_a_number_of_keys():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((3, 2), "n_queries"), ((0,), "n_queries"), ((3, 3, 0), "window")],
+    [((3, 2), "n_queries"), ((0,), "n_queries"), ((3, 3, 0), "window"), ((3, 3, -1), "window")],
 )
 def test_causal_mask_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
+        causal_mask(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2.0,), "n_queries must be an int, got 2.0"),
+        ((True,), "n_queries must be an int"),
+        ((2, 4.0), "n_keys must be an int, got 4.0"),
+        ((3, 3, 2.5), "window must be an int, got 2.5"),
+        ((3, 3, True), "window must be an int"),
+        ((3, 3, "3"), "window must be an int"),
+    ],
+)
+def test_causal_mask_refuses_what_is_no_whole_number(arguments, message):
+    with pytest.raises(TypeError, match=message):
         causal_mask(*arguments)
 
 
@@ -121,6 +141,9 @@ def test_scaled_dot_product_attention_drops_weights_as_torch_does():
         ({"attention_mask": causal_mask(5)}, ValueError, "attention_mask"),
         ({"attention_mask": causal_mask(6).float()}, TypeError, "bool"),
         ({"dropout": 1.0}, ValueError, "dropout"),
+        ({"score_bias": causal_mask(6)}, TypeError, "score_bias must be a float tensor"),
+        ({"score_bias": torch.zeros(5, 6)}, ValueError, r"score_bias must broadcast to \(2, 6, 6\)"),
+        ({"score_bias": torch.zeros(1, 2, 6, 6)}, ValueError, "score_bias must broadcast"),
     ],
 )
 def test_scaled_dot_product_attention_refuses(change, error, message):
@@ -159,6 +182,55 @@ def test_an_empty_row_spoils_no_gradient_where_minus_infinity_alone_would():
     value.grad = None
     scaled_dot_product_attention(query, query, value, mask)[0][0].sum().backward()
     assert value.grad.isfinite().all()
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "mask", [None, causal_mask(9), torch.arange(9) < 5], ids=["all", "causal", "first 5"]
+)
+@pytest.mark.parametrize("size", [1.0, 40.0, 120.0])
+def test_large_values_in_half_precision_give_what_torch_gives(dtype, mask, size):
+    query, key, value = ((size * inputs(2, 3, 9, 64, seed=i)).to(dtype) for i in range(3))
+    bias = inputs(3, 9, 9, seed=4)
+    output, weights = scaled_dot_product_attention(query, key, value, mask, score_bias=bias)
+    assert output.dtype == weights.dtype == dtype
+    # In 64 bits, from the same rounded numbers: the result may be off by its own rounding, and no more.
+    total = bias.double() if mask is None else torch.where(mask, bias, -torch.inf).double()
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), total)
+    eps = torch.finfo(dtype).eps
+    assert (output.double() - exact).abs().max() < 4 * eps * size
+    theirs = F.scaled_dot_product_attention(query, key, value, total.float())
+    assert (theirs.double() - exact).abs().max() < 4 * eps * size  # the fused kernel keeps the same promise
+
+
+def test_equal_large_vectors_do_not_overflow_before_they_are_scaled():
+    x = torch.full((4, 64), 40.0, dtype=torch.float16)  # products of 102,400
+    assert torch.equal(scaled_dot_product_attention(x, x, x)[0], x)
+    mixed = (40 * inputs(4, 64)).half()  # the row of the fault's list
+    output, _ = scaled_dot_product_attention(mixed, mixed, mixed)
+    torch.testing.assert_close(
+        output, F.scaled_dot_product_attention(mixed, mixed, mixed), atol=0.3, rtol=2e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"n_kv_heads": 2}])
+@torch.no_grad()
+def test_a_layer_in_half_precision_is_the_layer_rounded(dtype, options):
+    ours = module(**options)
+    for parameter in ours.parameters():
+        parameter.mul_(4)
+    x, bias = inputs(BATCH, TOKENS, EMB_DIM), inputs(N_HEADS, TOKENS, TOKENS, seed=3)
+    call = {"key_padding_mask": PADDING, "score_bias": bias}
+    expected = ours(x, **call)
+    half = ours.to(dtype)
+    fused, (explicit, _) = half(x.to(dtype), **call), half(x.to(dtype), need_weights=True, **call)
+    for found in (fused, explicit):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, atol=100 * torch.finfo(dtype).eps, rtol=0.05)
 
 
 # --- MultiHeadAttention against torch
@@ -397,7 +469,7 @@ def test_cross_attention_projects_its_source_once():
     close(ours(x, context, key_padding_mask=PADDING, cache=cache), wanted)
     ours.key_value.weight.zero_()  # nothing depends on it any more
     close(ours(x, key_padding_mask=PADDING, cache=cache), wanted)
-    close(ours(x[:, 2:], context, key_padding_mask=PADDING, cache=cache), wanted[:, 2:])
+    close(ours(x[:, 2:], key_padding_mask=PADDING, cache=cache), wanted[:, 2:])
 
 
 @torch.no_grad()
@@ -455,8 +527,19 @@ KEYS = torch.zeros(2, 3, 4, 5)
     ("call", "message"),
     [
         (lambda cache: KeyValueCache(0), "max_length"),
-        (lambda cache: cache.append(KEYS, KEYS[:, :, :3]), "keys have shape"),
-        (lambda cache: cache.append(KEYS[:1], KEYS[:1]), "do not fit"),
+        (lambda cache: cache.append(KEYS, KEYS[:, :, :3]), "values must be"),
+        (
+            lambda cache: cache.append(KEYS, KEYS.double()),
+            r"values must be torch.float32 .*got torch.float64",
+        ),
+        (
+            lambda cache: cache.append(KEYS.double(), KEYS.double()),
+            "keys must fit .*float32.*got torch.float64",
+        ),
+        (lambda cache: cache.append(KEYS.half(), KEYS.half()), "keys must fit"),
+        (lambda cache: cache.append(KEYS[0], KEYS[0]), r"keys must be \(batch, .*got \(3, 4, 5\)"),
+        (lambda cache: cache.append(KEYS[:, :, :0], KEYS[:, :, :0]), "keys must be"),
+        (lambda cache: cache.append(KEYS[:1], KEYS[:1]), "keys must fit the buffers"),
         (lambda cache: cache.append(KEYS.clone().requires_grad_(), KEYS), "no_grad"),
         (lambda cache: cache.append(KEYS[:, :, [0] * 7], KEYS[:, :, [0] * 7]), "exceed max_length=10"),
         (lambda cache: cache.crop(5), "length"),
@@ -498,6 +581,14 @@ def test_construction_refuses(options, message):
         MultiHeadAttention(**({"emb_dim": EMB_DIM, "n_heads": N_HEADS} | options))
 
 
+@pytest.mark.parametrize("name", ["emb_dim", "n_heads", "n_kv_heads", "head_dim", "window", "kv_dim"])
+@pytest.mark.parametrize("wrong", [3.0, True, "3"])
+def test_construction_refuses_what_is_no_whole_number(name, wrong):
+    causal = name == "window"
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        MultiHeadAttention(**({"emb_dim": EMB_DIM, "n_heads": N_HEADS, "causal": causal} | {name: wrong}))
+
+
 X = torch.zeros(BATCH, TOKENS, EMB_DIM)
 BOOL = torch.ones(BATCH, TOKENS, dtype=torch.bool)
 
@@ -506,6 +597,13 @@ BOOL = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     ("options", "call", "error", "message"),
     [
         ({}, {"x": X[0]}, ValueError, "x must be"),
+        ({"causal": True}, {"x": X[0], "cache": KeyValueCache(9)}, ValueError, "x must be"),
+        ({"causal": True}, {"x": X[:, :0], "cache": KeyValueCache(9)}, ValueError, "x must be"),
+        ({}, {"x": X[:, :0]}, ValueError, "x must be"),
+        ({"kv_dim": EMB_DIM}, {"context": X[:, :0]}, ValueError, "context must be"),
+        ({}, {"score_bias": causal_mask(TOKENS)}, TypeError, "score_bias must be a float tensor"),
+        ({}, {"score_bias": torch.zeros(N_HEADS, TOKENS)}, ValueError, "score_bias must broadcast"),
+        ({}, {"score_bias": torch.zeros(BATCH, TOKENS, TOKENS)}, ValueError, "score_bias must broadcast"),
         ({}, {"x": X[..., :5]}, ValueError, "x must be"),
         ({}, {"context": X}, ValueError, "kv_dim"),
         ({}, {"cache": KeyValueCache(9)}, ValueError, "causal=True"),
@@ -540,8 +638,12 @@ def test_a_cache_of_other_sequences_is_refused():
     ours(X, cache=cache)
     with pytest.raises(ValueError, match="the cache holds 3 sequences"):
         ours(X[:2, :1], cache=cache)
-    with pytest.raises(ValueError, match="the cache holds 7"):
-        cross(X, X[:, :4], cache=cache)
+    # Another context would not be read, whatever its length.
+    for context in (X[:, :4], X, X + 1):
+        with pytest.raises(ValueError, match="context must be None: the cache holds 7"):
+            cross(X, context, cache=cache)
+    with pytest.raises(TypeError, match=r"length must be an int, got 1\.0"):
+        cache.crop(1.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"n_kv_heads": 2, "causal": True}])
@@ -552,3 +654,143 @@ def test_the_layer_can_be_exported_as_a_graph(options):
     exported = torch.export.export(ours, (x,), dynamic_shapes=({1: length},))
     longer = inputs(BATCH, 11, EMB_DIM)
     close(exported.module()(longer), ours(longer))
+
+
+# --- a bias of the scores
+
+
+EMPTY_ROW = (torch.arange(TOKENS)[:, None] + torch.arange(TOKENS)) % 3 > 0
+EMPTY_ROW[4] = False
+BIASES = {
+    "a number": (),
+    "keys": (TOKENS,),
+    "pairs": (TOKENS, TOKENS),
+    "heads and pairs": (N_HEADS, TOKENS, TOKENS),
+    "heads, all queries alike": (N_HEADS, 1, TOKENS),
+    "everything": (BATCH, N_HEADS, TOKENS, TOKENS),
+}
+
+
+@pytest.mark.parametrize("shape", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 3}, {"n_kv_heads": 2}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_is_added_to_the_scaled_scores(shape, options, masked):
+    ours, x = module(qkv_bias=True, **options), inputs(BATCH, TOKENS, EMB_DIM)
+    biases = [inputs(1, *shape, seed=1)[0].requires_grad_() for _ in range(3)]
+    call = {"key_padding_mask": PADDING, "attention_mask": EMPTY_ROW} if masked else {}
+    fused = ours(x, score_bias=biases[0], **call)
+    explicit, weights = ours(x, score_bias=biases[1], need_weights=True, **call)
+    # By hand: the formula, head by head.
+    query, key, value = (
+        ours.qkv(x)
+        .unflatten(2, (-1, ours.head_dim))
+        .transpose(1, 2)
+        .split((N_HEADS, ours.n_kv_heads, ours.n_kv_heads), dim=1)
+    )
+    key, value = (y.repeat_interleave(N_HEADS // ours.n_kv_heads, dim=1) for y in (key, value))
+    scores = query @ key.transpose(2, 3) / ours.head_dim**0.5 + biases[2]
+    allowed = torch.ones(BATCH, N_HEADS, TOKENS, TOKENS, dtype=torch.bool)
+    if "causal" in options:
+        allowed = allowed & causal_mask(TOKENS, window=options.get("window"))
+    if masked:
+        allowed = allowed & PADDING[:, None, None] & EMPTY_ROW
+    wanted = torch.where(allowed, scores, -1e30).softmax(-1) * allowed
+    by_hand = ours.output((wanted @ value).transpose(1, 2).flatten(2))
+    close(weights, wanted)
+    for output, bias in zip((fused, explicit, by_hand), biases, strict=True):
+        close(output, by_hand)
+        output.pow(2).sum().backward()
+        close(bias.grad, biases[0].grad, 1e-4)
+
+
+@pytest.mark.parametrize("mask", [torch.arange(TOKENS) < 4, torch.tensor(True), torch.tensor(False)])
+@pytest.mark.parametrize("bias", [None, torch.zeros(()), torch.zeros(TOKENS)])
+def test_masks_of_few_dimensions_broadcast(mask, bias):
+    ours, x = module(), inputs(BATCH, TOKENS, EMB_DIM)
+    wanted = ours(x, attention_mask=mask.expand(BATCH, N_HEADS, TOKENS, TOKENS))
+    close(ours(x, attention_mask=mask, score_bias=bias), wanted)
+    close(ours(x, attention_mask=mask, score_bias=bias, need_weights=True)[0], wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "bias", [AlibiBias(N_HEADS), RelativePositionBias(N_HEADS, 8, 16, bidirectional=False)]
+)
+def test_a_bias_of_distances_goes_through_a_cache_and_a_window(bias):
+    x, where, cache = inputs(BATCH, TOKENS, EMB_DIM), torch.arange(TOKENS), KeyValueCache(TOKENS)
+    for window in (None, 4):
+        ours, cache = module(causal=True, window=window, n_kv_heads=2), KeyValueCache(TOKENS)
+        whole = ours(x, score_bias=bias(where, where))
+        steps, start = [], 0
+        for part in x.split((3, 1, 1, 2), dim=1):
+            end = start + part.shape[1]
+            steps.append(ours(part, cache=cache, score_bias=bias(where[start:end], where[:end])))
+            start = end
+        close(torch.cat(steps, dim=1), whole)
+        assert not torch.allclose(whole, ours(x))
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_with_t5s_bias_the_layer_is_t5s_attention(is_decoder):
+    config = transformers.T5Config(
+        d_model=EMB_DIM, d_kv=8, num_heads=N_HEADS, dropout_rate=0.0, is_decoder=is_decoder
+    )
+    theirs = T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours = module(head_dim=8, causal=is_decoder, out_bias=False)
+    bias = RelativePositionBias(N_HEADS, bidirectional=not is_decoder)
+    with torch.no_grad():  # T5 does not divide by the root of the width
+        ours.qkv.weight.copy_(torch.cat((8**0.5 * theirs.q.weight, theirs.k.weight, theirs.v.weight)))
+        ours.output.weight.copy_(theirs.o.weight)
+        bias.weight.copy_(theirs.relative_attention_bias.weight)
+    x, where = inputs(BATCH, 40, EMB_DIM), torch.arange(40)
+    hidden = torch.zeros(40, 40).masked_fill(~causal_mask(40), -torch.inf)[None, None] if is_decoder else None
+    output, reference = ours(x, score_bias=bias(where, where)), theirs(x, mask=hidden)[0]
+    close(output, reference, 2e-5)
+    output.pow(2).sum().backward()
+    reference.pow(2).sum().backward()
+    close(bias.weight.grad, theirs.relative_attention_bias.weight.grad, 1e-3)
+    close(ours.output.weight.grad, theirs.o.weight.grad, 1e-3)
+
+
+@pytest.mark.parametrize("n_heads", [4, 6])
+def test_with_alibi_the_layer_is_blooms_attention(n_heads):
+    config = transformers.BloomConfig(
+        hidden_size=EMB_DIM, n_head=n_heads, attention_dropout=0.0, hidden_dropout=0.0
+    )
+    theirs = BloomAttention(config, layer_idx=0).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours, bias = MultiHeadAttention(EMB_DIM, n_heads, causal=True, qkv_bias=True), AlibiBias(n_heads)
+    with torch.no_grad():  # Bloom's rows are query, key and value of head 0, then those of head 1, ...
+        for kind in ("weight", "bias"):
+            rows = getattr(theirs.query_key_value, kind).unflatten(0, (n_heads, 3, -1)).transpose(0, 1)
+            getattr(ours.qkv, kind).copy_(rows.flatten(0, 2))
+        ours.output.load_state_dict(theirs.dense.state_dict())
+    x, where = inputs(BATCH, 20, EMB_DIM), torch.arange(20)
+    alibi = build_alibi_tensor(torch.ones(BATCH, 20), n_heads, torch.float32)
+    hidden = torch.zeros(20, 20).masked_fill(~causal_mask(20), -torch.inf)[None, None]
+    reference, _ = theirs(x, residual=torch.zeros_like(x), alibi=alibi, attention_mask=hidden)
+    close(ours(x, score_bias=bias(where, where)), reference, 2e-5)
+
+
+def test_a_layer_with_a_bias_can_be_exported_and_compiled():
+    ours, bias = module(causal=True).eval(), AlibiBias(N_HEADS)
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bias = ours, bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            where = torch.arange(x.shape[1], device=x.device)
+            return self.layer(x, score_bias=self.bias(where, where))
+
+    model, x = Biased(), inputs(BATCH, TOKENS, EMB_DIM)
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({1: length},))
+    longer = inputs(BATCH, 11, EMB_DIM)
+    close(exported.module()(longer), model(longer))
+    torch._dynamo.reset()
+    close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import io
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    HeliumConfig,
+    HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -22,8 +26,11 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
+from shared.generation.decode_step import decode_step
 from shared.model.attention import KeyValueCache
 from shared.model.gpt import (
     ADDED_POSITIONS,
@@ -35,6 +42,7 @@ from shared.model.gpt import (
     build_rotary,
 )
 from shared.model.layers import LayerNorm, RMSNorm, balance_loss
+from shared.weights.names import huggingface_views
 from tests.configurations import LLAMA
 
 SMALL = {"vocab_size": 50, "context_length": 16, "emb_dim": 24, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
@@ -57,6 +65,8 @@ VARIANTS = {
     "no positions": {"positions": "none"},
     "untied, no bias": {"tie_weights": False, "bias": False, "qkv_bias": False},
     "yarn": {**LLAMA, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 4},
+    "helium": {**LLAMA, "rope_interleaved": True, "n_kv_heads": 2},
+    "exact gelu": {"activation": "gelu"},
 }
 
 
@@ -280,6 +290,87 @@ def test_the_mistral_variant_with_its_window_equals_mistral():
     llama_like(build(**LLAMA, **options), MistralForCausalLM(theirs))
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("gelu", "gelu"), ("gelu_tanh", "gelu_new"), ("relu", "relu")])
+def test_activations_are_those_of_transformers(ours, theirs):
+    torch.manual_seed(0)
+    reference = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=50,
+            n_positions=16,
+            n_embd=24,
+            n_layer=2,
+            n_head=4,
+            activation_function=theirs,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    reference, model = reference.double(), build(activation=ours).double()  # both forms of GELU are close
+    views = huggingface_views(model, "gpt2")
+    for name, parameter in reference.named_parameters():
+        parameter.data.copy_(views[name])
+    ids = random_ids(2, 16)
+    expected = reference(ids).logits
+    close(model(ids), expected, 1e-9)
+    for other in {"gelu", "gelu_tanh", "relu"} - {ours}:
+        changed = GPTModel(dataclasses.replace(model.config, activation=other)).double().eval()
+        changed.load_state_dict(model.state_dict())
+        assert (changed(ids) - expected).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "rope", [{}, {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 4}]
+)
+def test_the_interleaved_variant_equals_helium(rope):
+    parameters = {**ROPE}
+    if rope:
+        parameters |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
+    theirs = HeliumConfig(
+        **COMMON,
+        rope_parameters=parameters,
+        intermediate_size=40,
+        num_key_value_heads=2,
+        head_dim=6,
+        tie_word_embeddings=True,
+    )
+    options = {"rope_interleaved": True, "n_kv_heads": 2, "feed_forward_dim": 40, **rope}
+    llama_like(build(**LLAMA, **options), HeliumForCausalLM(theirs))
+
+
+def test_yarns_attention_factor_is_transformers():
+    parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
+    theirs = LlamaConfig(
+        **COMMON,
+        rope_parameters={"rope_theta": 500.0, **parameters, "attention_factor": 1.7},
+        intermediate_size=40,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    options = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 4, "rope_base": 500.0}
+    factor = {"rope_attention_factor": 1.7}
+    llama_like(build(**LLAMA, **options, **factor, feed_forward_dim=40), LlamaForCausalLM(theirs))
+    assert build(**LLAMA, **options, **factor).blocks[0].attention.rotary.table.abs().max() == pytest.approx(
+        1.7
+    )
+
+
+def test_the_qwen3_mixture_equals_qwen3_moe():
+    theirs = Qwen3MoeConfig(
+        **COMMON,
+        rope_parameters=ROPE,
+        moe_intermediate_size=16,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        head_dim=10,
+        tie_word_embeddings=True,
+    )
+    theirs._experts_implementation = "eager"
+    options = {"feed_forward": "moe", "feed_forward_dim": 16, "n_experts": 4, "qk_norm": True}
+    llama_like(build(**{**LLAMA, **options}, n_kv_heads=2, head_dim=10), Qwen3MoeForCausalLM(theirs))
+
+
 def test_the_mixtral_variant_equals_mixtral():
     options = {"feed_forward": "moe", "feed_forward_dim": 16, "n_experts": 4, "n_active_experts": 2}
     theirs = MixtralConfig(
@@ -369,29 +460,126 @@ def test_every_parameter_gets_a_gradient(model):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_a_model_can_be_copied_saved_and_built_without_memory(model):
-    ids = random_ids()
-    expected = model(ids)
-    close(copy.deepcopy(model)(ids), expected)
+def is_tied(model: GPTModel) -> bool:
+    return model.output_head.weight is model.token_embedding.weight
+
+
+def on_meta(config: GPTConfig) -> GPTModel:
     with torch.device("meta"):
-        empty = GPTModel(model.config).eval()
-    assert empty.n_parameters == model.n_parameters
-    if (
-        model.config.positions != "sinusoidal"
-    ):  # the added table is computed by its module, on the device it is built on
-        empty.load_state_dict(model.state_dict(), assign=True)
-        close(empty(ids), expected)
-    other = build(seed=1, **dataclasses.asdict(model.config))
-    other.load_state_dict(model.state_dict())
-    close(other(ids), expected)
+        return GPTModel(config).eval()
+
+
+def refilled(model: GPTModel, state: dict[str, torch.Tensor], **options: bool) -> GPTModel:
+    model.load_state_dict(state, **options)
+    return model
+
+
+def stored_and_read(model: GPTModel) -> GPTModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+# What people do with models: each takes a model and a copy of its weights, and returns one that must be its equal.
+MOVES = {
+    "rounded and refilled": lambda model, state: refilled(model.bfloat16().float(), state),
+    "halved, doubled, refilled": lambda model, state: refilled(model.half().double().float(), state),
+    "emptied": lambda model, state: refilled(model.to_empty(device="cpu"), state),
+    "built on meta, emptied": lambda model, state: refilled(
+        on_meta(model.config).to_empty(device="cpu"), state
+    ),
+    "moved to meta and back": lambda model, state: refilled(model.to("meta").to_empty(device="cpu"), state),
+    "built on meta, weights assigned": lambda model, state: refilled(
+        on_meta(model.config), state, assign=True
+    ),
+    "weights assigned": lambda model, state: refilled(model, state, assign=True),
+    "assigned inside another module": lambda model, state: refilled(
+        nn.Sequential(on_meta(model.config)), {f"0.{name}": state[name] for name in state}, assign=True
+    )[0],
+    "deep copy": lambda model, state: copy.deepcopy(model),
+    "deep copy, emptied": lambda model, state: refilled(copy.deepcopy(model).to_empty(device="cpu"), state),
+    "deep copy, weights assigned": lambda model, state: refilled(copy.deepcopy(model), state, assign=True),
+    "pickle": lambda model, state: pickle.loads(pickle.dumps(model)),
+    "pickle, weights assigned": lambda model, state: refilled(
+        pickle.loads(pickle.dumps(model)), state, assign=True
+    ),
+    "torch.save": lambda model, state: stored_and_read(model),
+    "new first weights": lambda model, state: refilled(build(1, **dataclasses.asdict(model.config)), state),
+    "shared memory": lambda model, state: model.share_memory(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+@torch.no_grad()
+def test_a_model_survives_being_moved(model, move):
+    ids, expected = random_ids(), model(random_ids())
+    moved = move(model, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert torch.equal(moved(ids), expected)
+    assert is_tied(moved) == model.config.tie_weights
+    assert moved.n_parameters == model.n_parameters
+    # The fast step of decoding and another copy find everything in its place too.
+    assert torch.equal(copy.deepcopy(moved)(ids), expected)
+    close(decode_step(moved)(ids, None, None, moved.new_caches()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("how", ["cast", "assigned"])
+@torch.no_grad()
+def test_a_model_computes_in_every_type_with_tables_that_are_not_rounded(model, dtype, how):
+    ids, expected = random_ids(), model(random_ids())
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    moved = model.to(dtype) if how == "cast" else refilled(on_meta(model.config), state, assign=True)
+    assert {name: table.dtype for name, table in moved.named_buffers() if table.dtype != torch.float32} == {}
+    logits = moved(ids)
+    assert logits.dtype == dtype
+    if model.config.feed_forward != "moe":  # a router that rounds another way picks another expert
+        torch.testing.assert_close(logits.float(), expected, atol=0.3, rtol=0.05)
+    close(decode_step(moved)(ids, None, None, moved.new_caches()), logits, 0.1)
+
+
+def test_an_untied_head_and_a_head_of_another_kind_stay_what_they_are():
+    model = build(tie_weights=False)
+    state = model.state_dict()
+    for moved in (refilled(on_meta(model.config), state, assign=True), model.to_empty(device="cpu")):
+        assert moved.output_head.weight is not moved.token_embedding.weight
+    # Somebody gives a tied model a head of its own, or one that is no matrix.
+    model = build()
+    model.output_head.weight = nn.Parameter(torch.zeros_like(model.token_embedding.weight))
+    refilled(model.double(), model.state_dict(), assign=True)
+    assert model.output_head.weight is not model.token_embedding.weight
+    model.output_head = nn.Identity()
+    assert not list(model.float().output_head.parameters())
+
+
+@torch.no_grad()
+def test_wrappers_compute_what_the_model_computes(model, tmp_path):
+    ids, expected = random_ids(), model(random_ids())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert torch.equal(wrapped(ids), expected)
+        wrapped.load_state_dict(wrapped.state_dict(), assign=True)
+        assert torch.equal(wrapped(ids), expected)
+        assert is_tied(model) == model.config.tie_weights
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_model_compiles_to_one_graph(model):
     if model.config.feed_forward == "moe":
         pytest.skip("the number of tokens of an expert depends on the data")
-    ids = random_ids()
+    ids, expected = random_ids(), model(random_ids())
     torch._dynamo.reset()
-    close(torch.compile(model, fullgraph=True, backend="eager")(ids), model(ids))
+    close(torch.compile(model, fullgraph=True, backend="eager")(ids), expected)
+    # The first call may come after the weights: nothing is left to be moved in the graph.
+    torch._dynamo.reset()
+    assigned = refilled(on_meta(model.config), model.state_dict(), assign=True)
+    compiled = torch.compile(assigned, fullgraph=True, backend="aot_eager")
+    close(compiled(ids), expected)
+    compiled.load_state_dict(compiled.state_dict(), assign=True)
+    assert is_tied(assigned) == model.config.tie_weights
+    close(compiled(ids), expected)
 
 
 # --- weights
@@ -516,6 +704,7 @@ def test_balance_loss_reaches_the_routers_of_all_blocks():
         ({"rope_factor": 0.5}, "rope_factor"),
         ({"norm": "batchnorm"}, "norm must be one of layernorm, rmsnorm, got 'batchnorm'"),
         ({"feed_forward": "relu"}, "feed_forward must be one of gelu, swiglu, moe, got 'relu'"),
+        ({"activation": "tanh"}, "activation must be one of gelu, gelu_tanh, relu, silu, got 'tanh'"),
         ({"positions": "alibi"}, "positions must be one of learned, sinusoidal, rotary, none"),
         ({"rope_scaling": "dynamic"}, "rope_scaling must be one of"),
         ({"emb_dim": 25}, "emb_dim must be a multiple of n_heads=4 unless head_dim is given, got 25"),
@@ -524,6 +713,20 @@ def test_balance_loss_reaches_the_routers_of_all_blocks():
         ({"n_experts": 2, "n_active_experts": 3}, "n_active_experts must be at most n_experts=2, got 3"),
         ({"positions": "rotary", "head_dim": 5}, "head_dim must be even for rotary positions, got 5"),
         ({"positions": "sinusoidal", "emb_dim": 25, "n_heads": 5}, "emb_dim must be even"),
+        # What nothing would read.
+        ({"rope_scaling": "yarn"}, "rope_scaling must be 'none' unless positions is rotary, got 'yarn'"),
+        ({"rope_base": 500.0}, "rope_base must be 10000.0 unless positions is rotary, got 500.0"),
+        ({"positions": "none", "rope_interleaved": True}, "rope_interleaved must be False unless positions"),
+        ({**LLAMA, "rope_factor": 4.0}, "rope_factor must be 1.0 unless rope_scaling is linear or ntk or"),
+        ({**LLAMA, "rope_original_length": 8}, "rope_original_length must be None unless rope_scaling"),
+        (
+            {**LLAMA, "rope_scaling": "linear", "rope_factor": 2.0, "rope_attention_factor": 1.1},
+            "rope_attention_factor must be None unless rope_scaling is yarn, got 1.1",
+        ),
+        ({"n_experts": 4}, "n_experts must be 8 unless feed_forward is moe, got 4"),
+        ({"n_active_experts": 1}, "n_active_experts must be 2 unless feed_forward is moe"),
+        ({**LLAMA, "activation": "gelu"}, "activation must be 'gelu_tanh' unless feed_forward is gelu"),
+        ({**LLAMA, "rope_scaling": "yarn", "rope_attention_factor": math.nan}, "rope_attention_factor"),
     ],
 )
 def test_a_configuration_refuses_values(options, message):
@@ -571,8 +774,10 @@ WRONG = {
     "feed_forward": "glu",
     "positions": "rope",
     "rope_base": math.inf,
+    "activation": "tanh",
     "rope_scaling": "dynamic",
     "rope_factor": math.nan,
+    "rope_attention_factor": 0.0,
     "init_std": 0.0,
 }
 

@@ -224,10 +224,32 @@ def test_a_mixture_can_be_copied_and_pickled_after_a_pass():
     assert mixture.balance_loss is not None
 
 
-@pytest.mark.parametrize("n_active", [0, 5])
-def test_a_mixture_refuses_a_wrong_number_of_active_experts(n_active):
-    with pytest.raises(ValueError, match=f"n_active must be between 1 and n_experts=4, got {n_active}"):
-        MixtureOfExperts(4, n_experts=4, n_active=n_active)
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ({"n_active": 0}, ValueError, "n_active must be at least 1, got 0"),
+        ({"n_active": 5}, ValueError, "n_active must be between 1 and n_experts=4, got 5"),
+        ({"n_active": 2.0}, TypeError, r"n_active must be an int, got 2\.0"),
+        ({"n_active": True}, TypeError, "n_active must be an int"),
+        ({"n_experts": 4.0}, TypeError, r"n_experts must be an int, got 4\.0"),
+        ({"n_experts": 0}, ValueError, "n_experts must be at least 1"),
+        ({"hidden_dim": 4.0}, TypeError, "hidden_dim must be an int"),
+    ],
+)
+def test_a_mixture_refuses_wrong_numbers(sizes, error, message):
+    with pytest.raises(error, match=message):
+        MixtureOfExperts(4, **{"n_experts": 4, **sizes})
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3000.0])
+def test_norms_of_large_and_small_vectors_in_half_precision(norm, dtype, size):
+    layer, x = norm(64), (size * torch.randn(5, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    exact = norm(64).double()(x.double())  # the squares of 3000 are beyond float16
+    found = layer.to(dtype)(x)
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), MixtureOfExperts(4, 4)])

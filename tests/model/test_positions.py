@@ -1,6 +1,8 @@
 """Positions: against formulas written out, against transformers, and what must hold for any position."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers.models.xlm.modeling_xlm import create_sinusoidal_embeddings
 from shared.model.attention import MultiHeadAttention
 from shared.model.positions import (
     AlibiBias,
+    ComputedTable,
     LearnedPositions,
     RelativePositionBias,
     RotaryPositions,
@@ -304,9 +307,60 @@ def test_rotary_keeps_the_type_of_its_input(dtype):
     torch.testing.assert_close(rotated.float(), rotary(x, torch.arange(4)), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("module", [RotaryPositions(8, 16), SinusoidalPositions(16, 8), AlibiBias(2)])
-def test_what_is_computed_is_neither_stored_nor_trained(module):
-    assert not module.state_dict() and not list(module.parameters())
+COMPUTED = {
+    "rotary": lambda: RotaryPositions(8, 16),
+    "interleaved": lambda: RotaryPositions(8, 16, interleaved=True, attention_factor=1.5),
+    "sinusoidal": lambda: SinusoidalPositions(16, 8),
+    "alibi": lambda: AlibiBias(3),  # slopes that bfloat16 does not have
+}
+
+
+@pytest.mark.parametrize("build", COMPUTED.values(), ids=COMPUTED)
+def test_what_is_computed_is_neither_stored_nor_trained(build):
+    assert not build().state_dict() and not list(build().parameters())
+
+
+@pytest.mark.parametrize("build", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda module: module.bfloat16().float(),
+        lambda module: module.half(),
+        lambda module: module.double(),
+        lambda module: module.to("meta").to_empty(device="cpu"),
+        lambda module: torch.nn.ModuleList([module, module]).to_empty(device="cpu")[0],
+        lambda module: module.to("meta"),
+        lambda module: copy.deepcopy(module),
+        lambda module: pickle.loads(pickle.dumps(module)),
+    ],
+)
+def test_a_computed_table_keeps_its_numbers(build, move):
+    expected = build().table
+    assert torch.equal(move(build()).table, expected) and expected.dtype == torch.float32
+
+
+@pytest.mark.parametrize("build", COMPUTED.values(), ids=COMPUTED)
+def test_a_table_is_computed_on_meta_too_and_only_its_stand_in_is_there(build):
+    with torch.device("meta"):
+        module = build()
+    assert torch.equal(module.table, build().table)
+    assert module.table_on(torch.device("meta")).is_meta
+    assert module.table_on(torch.device("cpu")) is module.table
+    with torch.device("meta"):  # shapes can be found out without numbers
+        where = torch.arange(4)
+        if isinstance(module, AlibiBias):
+            assert module(where, where).shape == (3, 4, 4)
+        elif isinstance(module, RotaryPositions):
+            assert module(torch.empty(1, 2, 4, 8), where).shape == (1, 2, 4, 8)
+        else:
+            assert module(where).shape == (4, 8)
+
+
+def test_a_computed_table_is_computed_once():
+    calls = []
+    table = ComputedTable(lambda: calls.append(1) or torch.arange(3.0))
+    table.half().to("meta").to_empty(device="cpu").table_on(torch.device("cpu"))
+    assert calls == [1] and table.table.tolist() == [0.0, 1.0, 2.0]
 
 
 def test_rotary_serves_multi_head_attention():
@@ -344,6 +398,9 @@ def test_rotary_refuses_bad_input():
         RotaryPositions(8, 0)
     with pytest.raises(ValueError, match="base"):
         RotaryPositions(8, 16, base=-1.0)
+    for factor in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="attention_factor must be above 0"):
+            RotaryPositions(8, 16, attention_factor=factor)
     with pytest.raises(ValueError, match=r"inverse_frequencies must be .*\(4,\).*\(8,\)"):
         RotaryPositions(8, 16, inverse_frequencies=torch.ones(8))
 

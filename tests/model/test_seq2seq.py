@@ -277,3 +277,30 @@ def test_bad_input_of_the_model_is_named(attention_size, arguments, words):
 def test_bad_sizes_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_gives_the_rounded_result(attention_size, dtype):
+    model, (source_ids, source_mask) = a_model(attention_size), everything(3, 6)
+    expected = model(source_ids, source_mask, source_ids)
+    logits = model.to(dtype)(source_ids, source_mask, source_ids)
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, atol=8 * torch.finfo(dtype).eps, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_additive_attention_in_half_precision_bears_large_vectors_and_scores(dtype):
+    torch.manual_seed(0)
+    attention, mask = AdditiveAttention(4, 6, 64), torch.tensor([[True, True, True, False]])
+    attention.score.weight.mul_(1000)  # scores of thousands, of which only differences count
+    query, memory = (1000 * torch.randn(1, 4)).to(dtype), (1000 * torch.randn(1, 4, 6)).to(dtype)
+    attention.to(dtype)
+    mean, weights = attention(query, attention.key(memory), memory, mask)
+    exact = AdditiveAttention(4, 6, 64).double()
+    exact.load_state_dict(attention.state_dict())
+    _, expected = exact(query.double(), exact.key(memory.double()), memory.double(), mask)
+    assert mean.isfinite().all() and weights[0, 3] == 0
+    torch.testing.assert_close(weights.double(), expected, atol=0.01, rtol=0)

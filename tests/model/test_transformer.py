@@ -1,5 +1,7 @@
 """The Transformer: equal to PyTorch's in values and gradients, safe to decode with, strict about its input."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -225,8 +227,13 @@ def test_a_decoder_with_key_value_caches_equals_one_pass():
     decoder, given_ = Decoder(CONFIG, 2), inputs()
     memory, real, x = given_["source"], given_["source_real"], given_["target"]
     caches = [(KeyValueCache(TARGET), KeyValueCache(SOURCE)) for _ in range(2)]
-    steps = [decoder(part, memory, caches=caches, memory_padding_mask=real) for part in x.split(2, dim=1)]
+    first, *others = x.split(2, dim=1)
+    steps = [decoder(first, memory, caches=caches, memory_padding_mask=real)]
+    steps += [decoder(part, None, caches=caches, memory_padding_mask=real) for part in others]
     close(torch.cat(steps, dim=1), decoder(x, memory, memory_padding_mask=real))
+    # Another memory of the same size would be passed over without a word.
+    with pytest.raises(ValueError, match="context must be None"):
+        decoder(first[:, :1], memory + 1, caches=[(KeyValueCache(1), cross) for _, cross in caches])
 
 
 @torch.no_grad()
@@ -345,6 +352,35 @@ def test_one_matrix_for_three_uses_or_two_for_two_vocabularies():
     assert shared(source_ids, source_mask, target_ids).shape == (BATCH, TARGET, VOCABULARY)
     assert separate(source_ids, source_mask, target_ids % 6).shape == (BATCH, TARGET, 6)
     assert separate.source_embedding.weight.shape == (VOCABULARY, WIDTH)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda model, state: model.bfloat16().float().load_state_dict(state),
+        lambda model, state: model.to("meta").to_empty(device="cpu").load_state_dict(state),
+        lambda model, state: model.load_state_dict(state, assign=True),
+        lambda model, state: model.to("meta").load_state_dict(state, assign=True),
+    ],
+)
+@torch.no_grad()
+def test_a_moved_transformer_computes_the_same_and_keeps_its_one_matrix(move):
+    model = transformer()
+    expected, other = model(*batch()), copy.deepcopy(model)
+    move(model, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+    for moved in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(other)):
+        assert torch.equal(moved(*batch()), expected)
+        assert moved.source_embedding.weight is moved.target_embedding.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_a_transformer_computes_in_every_type(dtype):
+    model = transformer()
+    expected = model(*batch())
+    logits = model.to(dtype)(*batch())
+    assert logits.dtype == dtype and model.positions.table.dtype == torch.float32
+    torch.testing.assert_close(logits.float(), expected, atol=0.2, rtol=0.05)
 
 
 def test_base_and_big_have_the_papers_number_of_weights():

@@ -29,11 +29,12 @@ from shared.model.gpt import GPTConfig, GPTModel
 from shared.pretraining.options import Options, read_options
 from shared.pretraining.processes import Processes
 from shared.pretraining.run import Run
+from shared.pretraining.shards import load_encoding
 from shared.tales.distribution import expected_loss, next_tokens
 from shared.tales.encoding import TALE_TOKENIZER_FILE, tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.training.batches import document_row
-from shared.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
+from shared.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
 from shared.training.losses import loss_per_document
 from tests.tools.architecture import ROOT
 
@@ -122,7 +123,7 @@ def child(given: list[str], environment: dict[str, str], stage: tuple[str, int] 
 def server():
     os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ch05_pretraining.pretrain"])
+    context.set_forkserver_preload(["ch05_pretraining.pretrain", "shared.pretraining.run"])
     return context
 
 
@@ -427,13 +428,89 @@ def test_text_files_with_a_tokenizer_file_and_windows(folder, capsys):
     run.advance()
     [row] = rows_of(out / "evaluation.csv")
     assert row["loss_per_document"] == "" and 6 < float(row["loss"]) < 8
-    targets = torch.cat([run.validation_rows.tensors([i])[1][0] for i in range(len(run.validation_rows))])
+    rows = run.validation_rows
+    assert run.held_out.chosen == list(range(len(rows)))
+    targets = torch.cat([rows.tensors([i])[1][0] for i in range(len(rows))])
     n_bytes = len(
         tale_encoding().decode_bytes([t for t in targets.tolist() if t != tale_encoding().eot_token])
     )
     expected = float(row["loss"]) * len(targets) / math.log(2) / n_bytes
     assert float(row["bits_per_byte"]) == pytest.approx(expected, rel=1e-6)
     assert run.floor is None and run.shards.counts["train"]["documents"] > 50
+
+
+@pytest.fixture(scope="module")
+def long_texts(folder) -> Path:
+    """Return 24 files, each much longer than the context."""
+    texts = folder / "long"
+    texts.mkdir()
+    for number in range(24):
+        (texts / f"{number}.txt").write_text(TaleGenerator(number).text(5_000), encoding="utf-8")
+    return texts
+
+
+TWO_STEPS = ["--steps", "2", "--warmup-steps", "0"]
+
+
+def test_the_plain_command_uses_the_texts_and_says_how_much_of_them(folder, long_texts, monkeypatch, capsys):
+    out = folder / "plain"
+    # Its batches of 16 are larger than those of the other tests; nothing else that shapes rows is given.
+    given = arguments(out, *TWO_STEPS, "--data", str(long_texts), "--batch-size", "16")
+    main_in_process(monkeypatch, *given)
+    printed = capsys.readouterr().out
+    ids = [load_encoding("tales").encode_ordinary(path.read_text()) for path in long_texts.iterdir()]
+    n_tokens = sum(map(len, ids))
+    said = json.loads((out / "data.json").read_text())
+    train, held_out = said["training"], said["validation"]
+    # Two end tokens for each file: it is divided in two.
+    assert train["tokens"] + held_out["tokens"] == n_tokens + 2 * 24
+    assert train["used"] > 0.9 * train["tokens"] and held_out["used"] == held_out["tokens"] - 1
+    for side in (train, held_out):
+        assert side["used"] + sum(side["lost"].values()) == side["tokens"]
+        assert f"{side['used']:,} of {side['tokens']:,} tokens are used" in printed
+    assert train["used"] == 16 * 256 * (train["tokens"] // 256 // 16)
+    assert "24 files" in printed and "the end of each file is for validation" in printed
+    assert "WARNING" not in printed
+
+
+def test_where_most_of_the_text_is_cut_a_warning_says_so(folder, long_texts, monkeypatch, capsys):
+    given = arguments(folder / "heads", *TWO_STEPS, "--data", str(long_texts), "--rows", "documents")
+    main_in_process(monkeypatch, *given, "--model", *SHAPE, "context_length=32")
+    printed = capsys.readouterr().out
+    assert "WARNING: most of the text for training is not used. --rows windows uses all of it" in printed
+    said = json.loads((folder / "heads" / "data.json").read_text())["training"]
+    assert said["used"] == 24 * 32 and "behind the first 32 tokens of 24 documents" in said["lost"]
+
+
+def test_a_single_file_is_divided_by_position(folder, long_texts, monkeypatch, capsys):
+    out, path = folder / "single", long_texts / "3.txt"
+    given = arguments(out, *TWO_STEPS, "--data", str(path), "--validation-fraction", "0.2")
+    main_in_process(monkeypatch, *given, "--model", *SHAPE, "context_length=64")
+    [row] = rows_of(out / "evaluation.csv")
+    assert float(row["loss"]) > 0
+    encoding, run = load_encoding("tales"), new_run(*given, "--model", *SHAPE, "context_length=64")
+    text = path.read_text()
+    parts = [encoding.decode(run.train_rows.shards[0][:-1].tolist())]
+    parts.append(encoding.decode(run.validation_rows.shards[0][:-1].tolist()))
+    assert "".join(parts) == text and len(parts[1]) == pytest.approx(0.2 * len(text), rel=0.1)
+    run.close()
+
+
+def test_text_for_validation_may_not_be_text_for_training(folder, long_texts, monkeypatch):
+    given = arguments(
+        folder / "both", "--data", str(long_texts), "--validation-data", str(long_texts / "7.txt")
+    )
+    with pytest.raises(SystemExit, match=r"pretrain: \S+7\.txt is in data and in validation_data"):
+        main_in_process(monkeypatch, *given)
+
+
+def test_an_evaluation_leaves_each_module_in_its_own_mode(folder):
+    run = new_run(*arguments(folder / "modes"))
+    run.model.blocks[0].eval()
+    before = [module.training for module in run.model.modules()]
+    run.evaluate()
+    assert [module.training for module in run.model.modules()] == before and len(set(before)) == 2
+    run.close()
 
 
 def test_tensorboard_holds_the_losses(folder):
@@ -523,7 +600,7 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(folder, finished, mo
         (["--data", "{}/none"], r"none cannot be read: No such file"),
         (["--data", "{}/empty"], r"empty holds no file that fits '\*\.txt'"),
         (["--data", "{}/latin.txt"], r"latin\.txt is not UTF-8 text"),
-        (["--data", "{}/fine.txt"], r"no document is left for validation: see --separator"),
+        (["--data", "{}/fine.txt"], "context_length is 256, but the longest shard of .* only 6 tokens"),
         (
             ["--data", "{}/fine.txt", "--tokenizer", "words"],
             "tokenizer is 'words'; allowed: tales, gpt2, a path",
@@ -534,7 +611,16 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(folder, finished, mo
         (["--decay", "3"], "decay must leave 1 to 37 of 40 steps"),
         (["--model", "n_heads"], "'n_heads' is not NAME=VALUE"),
         (["--model", "n_heads=5"], "emb_dim must be a multiple of n_heads=5"),
-        (["--model", "heads=5"], "heads"),
+        (["--model", "n_layer=2"], "model has no option 'n_layer'; allowed: vocab_size, .*n_layers"),
+        (["--model", "n_layers=two"], "n_layers must be int, got 'two'"),
+        (["--preset", "gpt5"], "argument --preset: invalid choice: 'gpt5'"),
+        (["--device", "gpu"], "device must be auto, cpu, mps, cuda or cuda:N, got 'gpu'"),
+        (["--device", "cuda:99"], "device must be a device of this machine .* got 'cuda:99'"),
+        (
+            ["--out", "{}/fine.txt"],
+            r"out must be a folder that can be written, got \S+fine\.txt \(File exists\)",
+        ),
+        (["--data", "{}/blank"], "the text files are empty"),
         (["--model", "vocab_size=100"], "vocab_size is 100; the tokenizer has 2048 tokens"),
         (["--model", "context_length=50"], "context_length is 50: shorter than the longest tale"),
         (
@@ -553,14 +639,16 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(folder, finished, mo
     ],
 )
 def test_bad_input_is_one_clear_line(given, message, folder, tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "blank"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "blank" / "a.txt").write_text(" \n \n")
     (tmp_path / "fine.txt").write_text("Once upon a time.")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "bad.toml").write_text("steps = = 3")
     (tmp_path / "unknown.toml").write_text("spets = 3")
     (tmp_path / "kind.toml").write_text('keep_last = "many"')
     given = [text.replace("{}", str(tmp_path)) for text in given]
-    with pytest.raises(SystemExit, match=f"^pretrain: .*{message}"):
+    with pytest.raises(SystemExit, match=f"^pretrain: .*{message}.*$"):
         main_in_process(monkeypatch, *arguments(tmp_path / "run", *given, shards=folder / "shards"))
 
 
@@ -577,6 +665,80 @@ def test_a_run_is_continued_only_with_the_options_that_it_began_with(finished, m
     with pytest.raises(SystemExit, match=r"step-00000040 cannot be read"):
         main_in_process(monkeypatch, *given)
     state.write_text(text)
+
+
+LONGER = ["--threads", "1", "--checkpoint-every", "3", "--decay", "0.25"]
+
+
+def test_a_run_may_become_longer_while_its_rate_has_not_begun_to_fall(folder, monkeypatch):
+    short, long = folder / "lengthened", folder / "long-from-the-start"
+
+    def run(out, steps, *more):
+        main_in_process(monkeypatch, *arguments(out, *LONGER, "--steps", str(steps), *more))
+
+    def stop_at(step):
+        """Send the signal that stops a run after this step."""
+        real = Run.train_step
+
+        def stopping(self):
+            real(self)
+            self.signalled = self.step == step
+
+        return real, stopping
+
+    # Of 8 steps the last 2 have a falling rate; the run is stopped before them and made longer.
+    real, stopping = stop_at(6)
+    monkeypatch.setattr(Run, "train_step", stopping)
+    run(short, 8)
+    monkeypatch.setattr(Run, "train_step", real)
+    run(short, 16)
+    run(long, 16)
+    assert outcome(short)[::2] == outcome(long)[::2]
+    rates = [float(row["learning_rate"]) for row in rows_of(short / "log.csv")]
+    assert rates[3:13] == [0.003] * 10 and rates[-1] == 0.003 / 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--steps", "16"], "steps 8, now 16; the 8 steps done would have had other learning rates"),
+        (["--decay", "0.5"], "decay 0.25, now 0.5; the 8 steps done would have had other"),
+        (["--steps", "7"], "steps 8, now 7; 8 steps are done"),
+    ],
+)
+def test_a_run_whose_rate_has_fallen_is_not_made_longer(changes, message, folder, monkeypatch):
+    given = arguments(folder / "fallen", *LONGER, "--steps", "8")
+    main_in_process(monkeypatch, *given)
+    with pytest.raises(SystemExit, match=rf"step-00000008 is of another run \({message}.*\): choose another"):
+        main_in_process(monkeypatch, *given, *changes)
+
+
+def test_a_checkpoint_of_something_else_is_refused(folder, monkeypatch):
+    out = folder / "foreign"
+    save_checkpoint(out / "checkpoints", 3, {"weight": torch.zeros(2)})
+    with pytest.raises(
+        SystemExit, match=r"step-00000003 was not written by pretrain.py: choose another --out"
+    ):
+        main_in_process(monkeypatch, *arguments(out))
+
+
+def test_too_little_memory_and_a_stop_before_the_first_step_are_one_line(folder, monkeypatch):
+    def raising(error):
+        def fail(*_):
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(Run, "advance", raising(torch.OutOfMemoryError("CUDA out of memory. Tried ...")))
+    with pytest.raises(
+        SystemExit, match=r"^pretrain: the device has too little memory: a smaller --batch-size"
+    ):
+        main_in_process(monkeypatch, *arguments(folder / "memory"))
+    monkeypatch.setattr(Run, "restore", raising(KeyboardInterrupt()))
+    with pytest.raises(
+        SystemExit, match=r"^pretrain: stopped before the first step; the same command goes on$"
+    ):
+        main_in_process(monkeypatch, *arguments(folder / "memory"))
 
 
 @pytest.mark.posix
@@ -609,7 +771,7 @@ def test_options_come_from_defaults_recipe_and_command_line(tmp_path):
         Options(out="x")
     with pytest.raises(ValueError, match="tokenizer is 'gpt2'; tales have their own"):
         Options(out="x", data=["tales"], tokenizer="gpt2")
-    with pytest.raises(ValueError, match="rows is 'lines'; allowed: documents, windows"):
+    with pytest.raises(ValueError, match="rows is 'lines'; allowed: auto, windows, documents"):
         Options(out="x", data=["tales"], rows="lines")
     with pytest.raises(ValueError, match="exact_targets needs data=tales and rows=documents"):
         Options(out="x", data=["book.txt"], exact_targets=True)

@@ -90,6 +90,54 @@ def test_windows_are_those_of_the_stream_and_short_shards_are_left_out(tmp_path)
     assert WindowRows(paths, 10, 2, seed=1).batch(7) == rows.batch(7)
 
 
+def test_a_partial_last_window_gives_every_token_a_place(tmp_path):
+    paths = [tmp_path / f"{name}.npy" for name in "abc"]
+    for path, n in zip(paths, (41, 2, 25), strict=True):
+        write_token_file(path, [np.arange(n)], 100)
+    rows = WindowRows(paths, 10, 1, partial=True)
+    assert len(rows) == 4 + 1 + 3 and rows.skipped == [] and rows.n_targets(range(8)) == 40 + 1 + 24
+    inputs, targets = rows.tensors([6, 7])
+    assert inputs.tolist() == [[*range(10, 20)], [20, 21, 22, 23] + [0] * 6]
+    assert targets.tolist() == [[*range(11, 21)], [21, 22, 23, 24] + [IGNORE] * 6]
+    assert [len(rows.tensors([row])[0][0]) for row in range(8)] == [10] * 4 + [1, 10, 10, 4]
+
+
+@pytest.mark.parametrize(("context", "batch_size"), [(5, 3), (10, 4), (17, 1), (1, 7)])
+@pytest.mark.parametrize("partial", [False, True])
+def test_the_usage_of_windows_is_what_an_epoch_holds(context, batch_size, partial, tmp_path):
+    paths = [tmp_path / f"{name}.npy" for name in "abcd"]
+    for path, n in zip(paths, (61, 5, 1, 44), strict=True):
+        write_token_file(path, [np.arange(n)], 100)
+    rows = WindowRows(paths, context, batch_size, partial=partial)
+    usage = rows.usage()
+    assert usage.tokens == 111 and all(usage.lost.values())
+    if not partial:
+        n_batches = len(rows) // batch_size
+        seen = sum(int((rows.tensors(rows.batch(k))[1] != IGNORE).sum()) for k in range(n_batches))
+        assert usage.used == seen
+    elif batch_size == 1:
+        assert usage.used == sum(int((rows.tensors([k])[1] != IGNORE).sum()) for k in range(len(rows)))
+        assert usage.used == 60 + 4 + 43
+
+
+def test_the_usage_of_documents_is_what_an_epoch_holds(documents, shards):
+    usage = DocumentRows(shards, 16, 5, END).usage()
+    lengths = [len(document) + 1 for document in documents]
+    assert usage.tokens == sum(lengths) and usage.used == sum(min(n, 16) for n in lengths)
+    [(where, lost)] = usage.lost.items()
+    n_longer = sum(n > 16 for n in lengths)
+    assert where == f"behind the first 16 tokens of {n_longer} documents"
+    assert str(usage) == (
+        f"{usage.used} of {usage.tokens} tokens are used ({100 * usage.used / usage.tokens:.3g} %), in 50 documents; "
+        f"{lost} lost {where}"
+    )
+    # Of 50 documents 48 fill batches of 4: an epoch without any 2 of them, on average.
+    rows = DocumentRows(shards, 16, 4, END)
+    seen = [sum(rows.n_targets(rows.batch(12 * epoch + k)) for k in range(12)) for epoch in range(400)]
+    assert rows.usage().used == pytest.approx(np.mean(seen), rel=0.005)
+    assert DocumentRows(shards, 40, 5, END).usage().lost == {}
+
+
 def test_bad_input(shards, tmp_path):
     with pytest.raises(ValueError, match="batch_size is 51, but the data have only 50 rows"):
         DocumentRows(shards, 16, 51, END)
@@ -97,5 +145,7 @@ def test_bad_input(shards, tmp_path):
         DocumentRows(shards, 16, 4, END, pool=0)
     with pytest.raises(ValueError, match=r"a\.npy does not end with the end token 98"):
         DocumentRows(shards, 16, 4, 98)
-    with pytest.raises(ValueError, match="no shard holds more than context_length=5000"):
+    with pytest.raises(
+        ValueError, match="context_length is 5000, but the longest shard of the text has only 400 tokens"
+    ):
         WindowRows(shards, 5000, 1)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import tracemalloc
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from shared.pretraining import shards as text_shards
 from shared.pretraining import stretches
-from shared.pretraining.shards import find_text_files, load_encoding, tokenize, tokenize_tales
+from shared.pretraining.shards import load_encoding, tokenize, tokenize_tales
 from shared.tales.encoding import TALE_TOKENIZER_FILE, tale_encoding
 from shared.tales.generator import TaleGenerator
 from shared.text.dataset import open_token_file
@@ -55,7 +57,9 @@ small_texts = st.lists(
 @settings(deadline=None, max_examples=60)
 @given(parts=small_texts, separated=st.booleans(), job_bytes=st.sampled_from([7, 40, 10_000]))
 def test_pieces_have_the_tokens_of_the_whole(parts, separated, job_bytes, tmp_path_factory):
-    documents = [" ".join(part).replace("#", "") for part in parts]
+    documents = [
+        " ".join(part).replace("#", "").replace("\r", "") for part in parts
+    ]  # line ends: test_stretches.py
     folder = tmp_path_factory.mktemp("texts")
     if separated:
         (folder / "all.txt").write_bytes("##".join(documents).encode())
@@ -98,6 +102,128 @@ def test_documents_are_divided_by_their_content_and_processes_change_nothing(wor
     one_job = tokenize([texts], tmp_path / "other", "tales", **{**options, "job_bytes": 10**6})
     assert tokens(one_job.train) == both[0] and tokens(one_job.validation) == both[1]
     assert found.counts == one_job.counts
+
+
+def test_of_a_few_files_the_end_of_each_is_for_validation(tmp_path):
+    contents = [TaleGenerator(number).text(9_000) for number in range(3)]
+    contents.append(contents[0])  # a copy under another name must not be learned and judged by
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.txt").write_text(content)
+    for paths in ([tmp_path / "0.txt"], [tmp_path]):
+        options = {"validation_fraction": 0.1, "job_bytes": 4_000}
+        found = tokenize(paths, tmp_path / "shards", "tales", **options)
+        n_files = 4 if paths == [tmp_path] else 1
+        assert found.by_position and found.files == n_files
+        train, held_out = (
+            ENCODING.decode(tokens(side)).split("<|endoftext|>")[:-1]
+            for side in (found.train, found.validation)
+        )
+        assert [a + b for a, b in zip(train, held_out, strict=True)] == contents[:n_files]
+        for part, whole in zip(held_out, contents, strict=False):
+            assert 0.08 < len(part) / len(whole) <= 0.1
+        assert found.counts["validation"]["documents"] == n_files
+        assert not set(train) & set(held_out)
+        one_job = tokenize(paths, tmp_path / "other", "tales", validation_fraction=0.1)
+        assert tokens(one_job.train) == tokens(found.train)
+        assert tokens(one_job.validation) == tokens(found.validation)
+
+
+def test_documents_that_all_land_on_one_side_are_divided_by_position(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(story.text for story in TaleGenerator(1).stories(6)))
+    found = tokenize(
+        [tmp_path / "a.txt"], tmp_path / "shards", "tales", separator="\n\n", validation_fraction=0.02
+    )
+    assert found.by_position and found.train and found.validation
+    text = "".join(ENCODING.decode(tokens(side)) for side in (found.train, found.validation))
+    parts = text.split("<|endoftext|>")[:-1]
+    assert len(parts) == 7 and [*parts[:5], parts[5] + parts[6]] == [
+        story.text for story in TaleGenerator(1).stories(6)
+    ]
+
+
+def test_many_files_stay_whole(tmp_path):
+    stories = [story.text for story in TaleGenerator(1).stories(60)]
+    for number, story in enumerate(stories):
+        (tmp_path / f"{number:02d}.txt").write_text(story)
+    found = tokenize([tmp_path], tmp_path / "shards", "tales", validation_fraction=0.1)
+    sides = [
+        ENCODING.decode(tokens(side)).split("<|endoftext|>")[:-1] for side in (found.train, found.validation)
+    ]
+    assert (
+        not found.by_position and sorted(sides[0] + sides[1]) == sorted(stories) and 1 <= len(sides[1]) <= 15
+    )
+
+
+class PanicException(BaseException):
+    """Stands for pyo3_runtime's class of this name, which cannot be imported."""
+
+
+@pytest.mark.parametrize("error", [PanicException("stack overflow\nin Rust"), ValueError("stack overflow")])
+def test_a_text_on_which_the_tokenizer_fails_is_named(error, tmp_path, monkeypatch):
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(ENCODING, name)
+
+        def encode_ordinary(self, text):
+            if "bad" in text:
+                raise error
+            return ENCODING.encode_ordinary(text)
+
+    monkeypatch.setattr(text_shards, "load_encoding", lambda _: Failing())
+    (tmp_path / "a.txt").write_text("Once upon a time.")
+    (tmp_path / "b.txt").write_text("a bad text")
+    with pytest.raises(ValueError, match=r"b\.txt cannot be tokenized: .* 10 characters \(stack overflow\)"):
+        tokenize([tmp_path], tmp_path / "shards", "tales")
+    assert tokens(tokenize([tmp_path / "a.txt"], tmp_path / "shards", "tales").train) == expected(
+        ["Once upon a time."]
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_million_spaces_have_their_tokens_or_one_error_that_names_the_file(workers, tmp_path):
+    text = "x" + " " * 1_000_000 + "y"
+    (tmp_path / "a.txt").write_text("Once upon a time.")
+    (tmp_path / "b.txt").write_text(text)
+    try:
+        found = tokenize([tmp_path], tmp_path / "shards", "tales", workers=workers, job_bytes=1_000_000)
+    except ValueError as error:  # an encoding that is plainly tiktoken's
+        assert re.search(r"b\.txt cannot be tokenized: .* 1,000,002 characters", str(error))
+    else:
+        assert ENCODING.decode(tokens(found.train)) == f"Once upon a time.<|endoftext|>{text}<|endoftext|>"
+
+
+def test_other_ends_of_a_worker_are_one_line(texts, tmp_path, monkeypatch):
+    def ended(*_):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(text_shards, "as_completed", ended)
+    with pytest.raises(OSError, match="a process that tokenizes was ended from outside"):
+        tokenize([texts], tmp_path / "shards", "tales", workers=2, job_bytes=4_000)
+
+
+def test_as_many_workers_as_cpus_may_be_used_and_windows_can_wait_for(texts, tmp_path, monkeypatch):
+    asked = []
+
+    def work(job, open_jobs, workers):
+        asked.append(workers)
+        for number, stretches_of_job in open_jobs:
+            job(number, stretches_of_job)
+
+    monkeypatch.setattr(text_shards, "_work_in_processes", work)
+    # One CPU of 16: no process is started.
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    tokenize([texts], tmp_path / "one", "tales", workers=None, job_bytes=1_000)
+    assert asked == []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4, 7})
+    tokenize([texts], tmp_path / "three", "tales", workers=None, job_bytes=1_000)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    tokenize([texts], tmp_path / "all", "tales", workers=None, job_bytes=1_000)
+    # No more than there are jobs, or than the system allows.
+    tokenize([texts], tmp_path / "jobs", "tales", workers=64, job_bytes=8_000)
+    monkeypatch.setattr(text_shards, "MOST_WORKERS", 2)
+    tokenize([texts], tmp_path / "windows", "tales", workers=64, job_bytes=1_000)
+    assert asked == [3, 16, 6, 2]
 
 
 def test_finished_jobs_are_not_done_again(texts, tmp_path, monkeypatch):
@@ -179,17 +305,11 @@ def test_the_tokenizers(tmp_path):
 
 
 def test_unreadable_input_is_named_and_finished_jobs_stay(texts, tmp_path):
-    with pytest.raises(ValueError, match=r"gone\.txt cannot be read: No such file"):
-        find_text_files([texts, tmp_path / "gone.txt"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no file that fits '\*\.txt'"):
-        find_text_files([tmp_path / "empty"])
-    assert [path.name for path in find_text_files([texts, texts / "notes.md"])] == [
-        "a.txt",
-        "b.txt",
-        "c.txt",
-        "notes.md",
-    ]
+    (tmp_path / "wide.txt").write_text("Once upon a time.", encoding="utf-16")
+    with pytest.raises(
+        ValueError, match=r"wide\.txt is not UTF-8 text \(it begins like UTF-16: save it as UTF-8\)"
+    ):
+        tokenize([tmp_path / "wide.txt"], tmp_path / "shards-16", "tales")
     (texts / "z.txt").write_bytes(b"fine until \xff here")
     with pytest.raises(ValueError, match=r"z\.txt is not UTF-8 text \(invalid start byte: 0xff\)"):
         tokenize([texts], tmp_path / "shards", "tales", job_bytes=4_000)

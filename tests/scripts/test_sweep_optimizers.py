@@ -11,7 +11,7 @@ def test_optimizers_of_the_comparison():
     model = sweep_optimizers.GPTModel(sweep_optimizers.small_config())
     for name in sweep_optimizers.RATES:
         built = sweep_optimizers.optimizers_of(model, name, 0.01)
-        assert built[0].param_groups[0]["initial_lr"] == 0.01
+        assert built[0].param_groups[0]["lr"] == 0.01
         shared = [
             parameter
             for optimizer in built

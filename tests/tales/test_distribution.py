@@ -140,3 +140,13 @@ def test_rows_and_stories_must_fit(known):
         expected_loss(torch.zeros(2, length, VOCAB_SIZE), known[:1])
     with pytest.raises(ValueError, match=f"1 rows of {length - 1} tokens; 1 stories have up to {length}"):
         expected_loss(torch.zeros(1, length - 1, VOCAB_SIZE), known[:1])
+    with pytest.raises(ValueError, match=f"at least the tokenizer's {VOCAB_SIZE} tokens, got 2000"):
+        expected_loss(torch.zeros(1, length, 2000), known[:1])
+
+
+def test_a_padded_vocabulary_changes_nothing_if_the_added_ids_are_never_expected(known):
+    length = len(known[0].counts)
+    logits = torch.randn(1, length, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([logits, torch.full((1, length, 64), -torch.inf)], dim=2)
+    for narrow, wide in zip(expected_loss(logits, known[:1]), expected_loss(padded, known[:1]), strict=True):
+        torch.testing.assert_close(wide, narrow)

@@ -23,7 +23,7 @@ def test_both_forms_give_the_same_ids_and_lose_nothing():
 
 
 def test_size_and_end_of_text():
-    assert tale_tokenizer().vocab_size == tale_encoding().n_vocab == VOCAB_SIZE
+    assert tale_tokenizer().n_vocab == tale_encoding().n_vocab == VOCAB_SIZE
     assert tale_encoding().eot_token == tale_tokenizer().eot_token == VOCAB_SIZE - 1
 
 

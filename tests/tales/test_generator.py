@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from shared.tales import generator as tales
@@ -193,6 +194,7 @@ def test_seed_decides_the_stories() -> None:
     first = list(TaleGenerator(5).stories(50))
     assert first == list(TaleGenerator(5).stories(50))
     assert first != list(TaleGenerator(6).stories(50))
+    assert first == list(TaleGenerator(np.int64(5)).stories(50))
     generator = TaleGenerator(5)
     assert [generator.sample() for _ in range(50)] == first
 

@@ -1,18 +1,16 @@
 """`shared.text.cleaning`: each step on the case it fixes and the case it must not break, against trusted libraries."""
 
-import html
 import math
+import re
 import unicodedata
-from html.entities import html5
 from itertools import combinations
 
-import ftfy
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.data.corpus import load_languages, load_sms, load_stories
+from shared.data.corpus import load_languages, load_stories
 from shared.text import cleaning
 from shared.text.cleaning import (
     DEFAULT_STEPS,
@@ -23,7 +21,6 @@ from shared.text.cleaning import (
     contaminated,
     deduplicate,
     drop_repeated_lines,
-    fix_mojibake,
     jaccard,
     minhash_signature,
     near_duplicates,
@@ -35,7 +32,6 @@ from shared.text.cleaning import (
     remove_control_characters,
     rows_per_band,
     shingles,
-    unescape_html,
 )
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates and control characters too
@@ -46,102 +42,6 @@ STORIES = [story.text for story in load_stories()]
 def misread(text: str) -> str:
     """Return UTF-8 text as a reader of Windows-1252 sees it."""
     return "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in text.encode("utf-8"))
-
-
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_mojibake_of_every_language_is_repaired(times):
-    for text in PROSE:
-        broken = text
-        for _ in range(times):
-            broken = misread(broken)
-        assert fix_mojibake(broken) == text
-
-
-def test_mojibake_read_as_latin1_is_repaired():
-    assert all(fix_mojibake(text.encode("utf-8").decode("latin-1")) == text for text in PROSE)
-
-
-def test_mojibake_agrees_with_ftfy_on_broken_and_unbroken_text():
-    texts = [*PROSE, *STORIES, *(message.text for message in load_sms()), *map(misread, PROSE)]
-    assert [fix_mojibake(text) for text in texts] == [ftfy.fix_encoding(text) for text in texts]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "NÃO, SÃO PAULO, “MAÇÃ”",
-        "MAÇÃ\xa0PODRE",
-        "„Das macht Spaß“",
-        "« allé…»",
-        "É…",
-        "„Ä“",
-        "“Ø”",
-        "MENÜ™",
-        "maçã”…",
-        "crème brûlée",
-        "Ð",
-        "",
-    ],
-)
-def test_genuine_letters_are_no_mojibake(text):
-    assert fix_mojibake(text) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Â", "Â"),
-        ("Â£5", "£5"),
-        ("IÂ\xa0said", "I\xa0said"),
-        ("voilÃ\xa0 Paul", "voilà Paul"),
-        ("Ð’ Ð½", "В н"),
-        ("sÃ»r", "sûr"),
-        ("ÃŽle", "Île"),
-        ("ðŸ˜€", "😀"),
-    ],
-)
-def test_short_mojibake_sequences(text, expected):
-    assert fix_mojibake(text) == expected
-
-
-def test_every_named_reference_agrees_with_the_standard_library():
-    names = [f"&{name}" for name in html5 if name.endswith(";")]
-    numbers = [f"&#{number};" for number in (0, 9, 38, 128, 159, 0xD800, 0x10FFFF, 0x110000)]
-    assert [unescape_html(text) for text in names + numbers] == [html.unescape(t) for t in names + numbers]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "x < y and y > z",
-        "a<b and b>c",
-        "List<String>",
-        "I <3 you",
-        "AT&T",
-        "?a=1&copy=2",
-        "&nothing;",
-        "<>",
-        "< p >",
-    ],
-)
-def test_what_only_looks_like_html_stays(text):
-    assert unescape_html(text) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('<a href="x?a=1" class=b>link</a>', "link"),
-        ("<P>one</P>", "\n\none\n\n"),
-        ("one<br>two<BR />three", "one\ntwo\nthree"),
-        ("<script type='a'>if (a < b) {}</script>text<style>p {}</style>", "text"),
-        ("<!DOCTYPE html><!-- no > text -->yes", "yes"),
-        ("&lt;b&gt;", "<b>"),
-        ("&amp;lt;", "&lt;"),
-    ],
-)
-def test_html_is_removed(text, expected):
-    assert unescape_html(text) == expected
 
 
 def test_newlines_of_every_kind():
@@ -376,6 +276,120 @@ def test_bad_input_is_refused_by_name(call, error, words):
         call()
 
 
+# The slow, obvious versions of what is written to be fast.
+
+
+def slow_drop_repeated_lines(text: str, minimum_words: int = 5) -> str:
+    kept = []
+    for line in text.split("\n"):
+        previous = next((earlier for earlier in reversed(kept) if earlier.strip()), None)
+        if line == previous and len(line.split()) >= minimum_words:
+            while not kept[-1].strip():
+                kept.pop()
+        else:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def slow_collapse_blank(text: str) -> str:
+    lines = [re.sub(r"(?<=\S)[ \t]+", " ", line) for line in text.replace("\xa0", " ").split("\n")]
+    text = "\n".join(line.rstrip(" \t") for line in lines)
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip("\n")
+
+
+LINES = st.lists(
+    st.sampled_from(["", " ", "a b c d e", "a b c d e ", "a b", "\t", "  x", "\u3000"]), max_size=12
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(LINES.map("\n".join), st.integers(0, 6))
+def test_repeated_lines_go_as_by_the_slow_version(text, minimum_words):
+    assert drop_repeated_lines(text, minimum_words) == slow_drop_repeated_lines(text, minimum_words)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(" \t\n\xa0\u3000a", max_size=30))
+def test_blank_space_collapses_as_by_the_slow_version(text):
+    assert collapse_blank(text) == slow_collapse_blank(text)
+
+
+# Marks that sort before others, that compose, that decompose into two, and one that sorts nowhere.
+MARKS = "\u0301\u0316\u0323\u0308\u0344\u0345\u0f71\u0f73\u093e\u0327"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["a", "é", "ệ", "क", *MARKS, MARKS * 4, "\u0301\u0316" * 20]), max_size=12))
+def test_long_runs_of_marks_have_the_form_nfc(parts):
+    text = "".join(parts)
+    assert normalize_unicode(text) == unicodedata.normalize("NFC", text)
+
+
+def slow_deduplicate(documents: list[str], threshold: float) -> list[int]:
+    kept = []
+    for number, document in enumerate(documents):
+        if not any(jaccard(shingles(document), shingles(documents[other])) >= threshold for other in kept):
+            kept.append(number)
+    return kept
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["a b c d e f", "a b c d e f g", "A b, c d e f!", "", "...", "x y", "g a b c d e f"])
+    )
+)
+def test_duplicates_equal_those_of_all_pairs(documents):
+    threshold = 0.6
+    sets = [shingles(document) for document in documents]
+    pairs = [(i, j, jaccard(sets[i], sets[j])) for i, j in combinations(range(len(sets)), 2)]
+    assert near_duplicates(documents, threshold) == [pair for pair in pairs if pair[2] >= threshold]
+    assert deduplicate(documents, threshold) == slow_deduplicate(documents, threshold)
+
+
+def test_hundreds_of_copies_are_compared_with_the_kept_ones_only(monkeypatch):
+    page = " ".join(f"word{i}" for i in range(100))
+    near = [page.replace(f"word{i} ", "other ") for i in range(1, 90)]
+    comparisons = []
+    monkeypatch.setattr(cleaning, "jaccard", lambda one, two: comparisons.append(1) or jaccard(one, two))
+    assert deduplicate([page] * 800) == [0] and not comparisons
+    assert deduplicate([page, *near, *[page] * 300, *near]) == [0]
+    assert len(comparisons) == len(near)
+    # Pairs are made of all copies, since that is what was asked for, but each pair of sets is compared once.
+    del comparisons[:]
+    assert len(near_duplicates([page] * 30 + [near[0]] * 20)) == 50 * 49 // 2
+    assert len(comparisons) == 1
+
+
+def test_documents_may_come_from_a_generator():
+    texts = ["header\na b c d e f", "header\nother words", "header\na b c d e f"]
+    assert remove_boilerplate(text for text in texts) == remove_boilerplate(texts)
+    assert near_duplicates(text for text in texts) == near_duplicates(texts) != []
+    assert deduplicate(text for text in texts) == deduplicate(texts) == [0, 1]
+    shares = contaminated((text for text in texts), (text for text in texts), n=3)
+    assert shares == contaminated(texts, texts, n=3) == [1, 1, 1]
+
+
+def test_the_signature_of_a_long_document_is_made_in_blocks():
+    items = [f"item {i}" for i in range(10_000)]
+    signature = minhash_signature(items)
+    blocks = [minhash_signature(items[i : i + 1000]) for i in range(0, len(items), 1000)]
+    assert np.array_equal(signature, np.min(blocks, axis=0))
+
+
 def test_the_module_is_short():
     with open(cleaning.__file__, encoding="utf-8") as file:
         assert len(file.readlines()) < 300
+
+
+def test_documents_may_come_from_an_iterator():
+    page = "Page {}\nthe keeper lit the lamp and went up the stairs {}\nthe end"
+    documents = [page.format(i, i) for i in (0, 1, 2, 3, 4, 0)]
+    for function in (remove_boilerplate, near_duplicates, deduplicate):
+        assert function(iter(documents)) == function(documents) != []
+    # Runs of five words of the first two pages, among all of them.
+    assert contaminated(iter(documents[:2]), iter(documents), n=5) == contaminated(
+        documents[:2], documents, n=5
+    )

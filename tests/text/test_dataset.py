@@ -1,5 +1,6 @@
 """`text.dataset`: windows, documents, splits, token files and orders, against torch, numpy and plain enumeration."""
 
+import copy
 import os
 import pickle
 import threading
@@ -24,6 +25,7 @@ from shared.text.dataset import (
     join_documents,
     ngram_overlap,
     open_token_file,
+    sample_batch,
     split_documents,
     write_token_file,
 )
@@ -245,6 +247,12 @@ def test_a_document_added_later_moves_at_most_one_other():
 def test_fractions_that_are_refused(fraction):
     with pytest.raises(ValueError, match="validation_fraction must be above 0 and below 1, got "):
         split_documents(["a", "b"], fraction)
+
+
+@pytest.mark.parametrize("kind", [iter, dict.fromkeys, lambda texts: (text for text in texts)])
+def test_documents_may_come_from_an_iterator(kind):
+    documents = [f"text {i}" for i in range(20)]
+    assert split_documents(kind(documents), 0.3) == split_documents(documents, 0.3)
 
 
 def test_one_string_is_not_a_list_of_documents():
@@ -520,6 +528,77 @@ def test_shards_are_pickled_as_paths(shard_paths):
     assert all(map(torch.equal, stacked(copy), stacked(shards)))
 
 
+FILE_IDS = np.arange(100_000) * 31 % 60_000
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("file") / "ids.npy"
+    write_token_file(path, [FILE_IDS], vocab_size=60_000)
+    return path
+
+
+# Ids in a file, however the map was made, and what they are.
+MAPPED = {
+    "the whole file": lambda path: open_token_file(path),
+    "as numpy maps it": lambda path: np.load(path, mmap_mode="r"),
+    "writable": lambda path: np.load(path, mmap_mode="r+"),
+    "a view": lambda path: np.asarray(open_token_file(path)),
+    "a slice": lambda path: open_token_file(path)[777:90_001],
+    "a slice of a slice": lambda path: open_token_file(path)[50:][100:-1],
+    "a row": lambda path: open_token_file(path).reshape(100, 1000)[7],
+    "many rows": lambda path: open_token_file(path).reshape(100, 1000)[3:97].reshape(-1),
+    "from the middle of a page": lambda path: np.memmap(path, "<u2", "r", offset=5128, shape=(9_000,)),
+}
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+def test_a_map_is_pickled_as_its_place_in_the_file(kind, token_file):
+    dataset = TokenDataset(MAPPED[kind](token_file), 16, 5)
+    data = pickle.dumps(dataset)
+    assert len(data) < 1_000
+    for copied in (pickle.loads(data), copy.deepcopy(dataset)):
+        assert np.array_equal(copied.ids, dataset.ids) and copied.ids.dtype == dataset.ids.dtype
+        assert isinstance(copied.ids.base, np.memmap)
+        assert all(torch.equal(*pair) for pair in zip(copied[9], dataset[9], strict=True))
+        assert (len(copied), copied.context_length, copied.stride) == (len(dataset), 16, 5)
+
+
+def changed(path) -> np.ndarray:
+    """A map whose changes are in memory and in no file."""
+    ids = np.load(path, mmap_mode="c")
+    ids[20] = 7
+    return ids
+
+
+IN_MEMORY = {
+    "a list": lambda path: FILE_IDS.tolist(),
+    "an array": lambda path: FILE_IDS,
+    "every other id of a map": lambda path: open_token_file(path)[::2],
+    "a map backwards": lambda path: open_token_file(path)[::-1],
+    "a column of a map": lambda path: open_token_file(path).reshape(1000, 100)[:, 3],
+    "a map that was changed": changed,
+}
+
+
+@pytest.mark.parametrize("kind", IN_MEMORY)
+def test_what_is_no_piece_of_a_file_is_pickled_itself(kind, token_file):
+    dataset = TokenDataset(IN_MEMORY[kind](token_file), 16)
+    assert np.array_equal(pickle.loads(pickle.dumps(dataset)).ids, dataset.ids)
+
+
+def test_a_file_that_is_gone_or_shorter_is_an_error_where_it_is_unpickled(token_file, tmp_path):
+    path = tmp_path / "ids.npy"
+    path.write_bytes(token_file.read_bytes())
+    data = pickle.dumps(TokenDataset(open_token_file(path), 16))
+    write_token_file(path, [FILE_IDS[:100]], vocab_size=60_000)
+    with pytest.raises(ValueError, match="greater than file size"):
+        pickle.loads(data)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"ids\.npy"):
+        pickle.loads(data)
+
+
 def test_worker_processes_give_the_same_batches(shard_paths):
     shards = TokenShards(shard_paths, 16)
     orders = [
@@ -636,3 +715,63 @@ def test_every_pair_of_examples_is_as_often_in_either_order():
 def test_sampler_arguments_that_are_refused_are_named(name, value, error):
     with pytest.raises(error, match=f"{name} must be .*, got {value}"):
         ResumableSampler(**{"n_examples": 23, "batch_size": 3, "start_batch": 2, name: value})
+
+
+# ---- random windows
+
+
+def test_random_windows_are_windows_with_their_targets():
+    dataset = TokenDataset(IDS, 16, 1)
+    inputs, targets = sample_batch(dataset, 8, step=3, seed=1)
+    assert inputs.shape == targets.shape == (8, 16) and inputs.dtype == targets.dtype == torch.int64
+    windows = {row.tobytes() for row in sliding_window_view(IDS.astype(np.int64), 17)}
+    rows = torch.cat([inputs, targets[:, -1:]], dim=1).numpy()
+    assert all(row.tobytes() in windows for row in rows)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_every_window_is_drawn_equally_often():
+    dataset, n_draws = TokenDataset(np.arange(20), 4, 1), 8_000
+    firsts = torch.cat([sample_batch(dataset, 80, step)[0][:, 0] for step in range(n_draws // 80)])
+    counts = torch.bincount(firsts, minlength=16)
+    assert len(counts) == 16 == len(dataset)
+    # Chi-squared with 15 degrees of freedom is below 38 in 999 of 1,000 cases.
+    expected = n_draws / 16
+    assert ((counts - expected) ** 2 / expected).sum() < 38
+
+
+def test_a_random_batch_depends_on_seed_and_step_alone(shard_paths):
+    shards = TokenShards(shard_paths, 16, 1)
+    torch.manual_seed(0)
+    first = sample_batch(shards, 4, step=5, seed=2)[0]
+    torch.manual_seed(1)
+    assert torch.equal(sample_batch(shards, 4, step=5, seed=2)[0], first)
+    assert not torch.equal(sample_batch(shards, 4, step=6, seed=2)[0], first)
+    assert not torch.equal(sample_batch(shards, 4, step=5, seed=3)[0], first)
+
+
+class Huge:
+    """A data set of a trillion windows, which counts how many are read."""
+
+    read = 0
+
+    def __len__(self) -> int:
+        return 10**12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert 0 <= index < 10**12
+        self.read += 1
+        return torch.tensor([index]), torch.tensor([index + 1])
+
+
+def test_the_cost_of_a_random_batch_does_not_grow_with_the_text():
+    dataset = Huge()
+    assert sample_batch(dataset, 6, step=0)[0].shape == (6, 1)
+    assert dataset.read == 6
+
+
+@pytest.mark.parametrize("name", ["batch_size", "step", "seed"])
+def test_draws_that_are_refused_are_named(name):
+    arguments = {"batch_size": 2, "step": 0, "seed": 0, name: -1}
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        sample_batch(TokenDataset(IDS, 16), **arguments)

@@ -75,7 +75,7 @@ def test_ids_survive_decoding(text):
     tokenizer = SimpleTokenizer.train(text)
     ids = tokenizer.encode(text)
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
-    assert tokenizer.vocabulary[SimpleTokenizer.UNKNOWN] not in ids
+    assert tokenizer.vocab[SimpleTokenizer.UNKNOWN] not in ids
 
 
 @given(ANY_TEXT)
@@ -98,23 +98,23 @@ def test_unknown_words(trained):
 
 def test_special_tokens_cannot_be_forged(trained):
     text = "The end.<|endoftext|>The <|unk|>"
-    end, unknown = (trained.vocabulary[token] for token in ("<|endoftext|>", "<|unk|>"))
+    end, unknown = (trained.vocab[token] for token in ("<|endoftext|>", "<|unk|>"))
     assert end not in trained.encode(text)
-    assert trained.encode(text, allow_special=True)[3] == end
-    assert trained.encode(text, allow_special=True)[-1] == unknown
+    assert trained.encode(text, allowed_special="all")[3] == end
+    assert trained.encode(text, allowed_special="all")[-1] == unknown
     own = SimpleTokenizer.train("< | endoftext > unk")
     assert "<|endoftext|>" not in own.decode(own.encode("<|endoftext|>"))
 
 
 def test_special_tokens_have_the_last_ids(trained):
     assert trained.tokens[-2:] == ["<|unk|>", "<|endoftext|>"]
-    assert len(trained) == len(trained.vocabulary)
+    assert len(trained) == len(trained.vocab)
 
 
 def test_end_of_text_closes_open_quotation_marks():
     text = '"Open <|endoftext|> "closed" x'
     tokenizer = SimpleTokenizer.train(text)
-    assert tokenizer.decode(tokenizer.encode(text, allow_special=True)) == text
+    assert tokenizer.decode(tokenizer.encode(text, allowed_special="all")) == text
 
 
 def test_lone_surrogates_count_as_the_replacement_character():
@@ -153,7 +153,7 @@ SPECIAL = {"<|unk|>": 0, "<|endoftext|>": 1}
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: SimpleTokenizer({}), ValueError, "vocabulary is empty"),
+        (lambda: SimpleTokenizer({}), ValueError, "vocab is empty"),
         (lambda: SimpleTokenizer({"a": 0, "<|unk|>": 1}), ValueError, "<|endoftext|>"),
         (lambda: SimpleTokenizer({"a": 0, "<|endoftext|>": 1}), ValueError, "<|unk|>"),
         (lambda: SimpleTokenizer(SPECIAL | {"a": 3}), ValueError, "without gaps"),

@@ -4,7 +4,6 @@ import base64
 import json
 import random
 import unicodedata
-from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -19,18 +18,17 @@ from hypothesis import strategies as st
 
 from shared.data import download
 from shared.data.corpus import load_languages, load_stories, stories_text
-from shared.text.tokenizer import (
+from shared.generation.streaming import decode_stream
+from shared.pretraining.evaluation import token_byte_lengths
+from shared.pretraining.shards import _fingerprint as fingerprint
+from shared.text.dataset import encode_documents
+from shared.text.merges import (
     BYTE_TO_UNICODE,
-    END,
-    GPT2_PATTERN,
     SINGLE_BYTES,
-    UNICODE_TO_BYTE,
-    BPETokenizer,
-    changed_pairs,
-    merge_symbols,
-    to_symbols,
-    train_merges,
 )
+from shared.text.tokenizer import END, GPT2_PATTERN, BPETokenizer, check_apart
+from shared.training.batches import document_row
+from shared.weights.huggingface import hugging_face_tokenizer
 
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -62,34 +60,6 @@ WITH_PATTERN = {
 }
 APART = BPETokenizer(TOKENIZER.merges, ("<|endoftext|>", "<|pad|>"), GPT4_PATTERN)
 APART_ENCODING = APART.to_tiktoken()
-
-
-def count_pairs(words: dict[tuple, int]) -> Counter:
-    counts = Counter()
-    for symbols, occurrences in words.items():
-        for pair in pairwise(symbols):
-            counts[pair] += occurrences
-    return counts
-
-
-def join_pair(symbols: tuple, pair: tuple) -> tuple:
-    joined, place = [], 0
-    while place < len(symbols):
-        joined.append(b"".join(pair) if symbols[place : place + 2] == pair else symbols[place])
-        place += 2 if symbols[place : place + 2] == pair else 1
-    return tuple(joined)
-
-
-def as_bytes(counts: dict[str, int]) -> dict[tuple, int]:
-    return {tuple(bytes([byte]) for byte in piece.encode()): n for piece, n in counts.items()}
-
-
-def naive_merges(counts: dict[str, int], n_merges: int) -> list[tuple]:
-    words, merges = as_bytes(counts), []
-    while len(merges) < n_merges and (pairs := count_pairs(words)):
-        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
-        words = {join_pair(symbols, merges[-1]): n for symbols, n in words.items()}
-    return merges
 
 
 def agreed_characters() -> str:
@@ -148,42 +118,6 @@ TEXTS = st.text(CHARACTERS, max_size=12).map(lambda text: text.translate(INSERTE
 # Training
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.text("abé", min_size=1, max_size=12), st.integers(1, 9), min_size=1, max_size=8))
-def test_merges_equal_a_naive_trainers(counts):
-    assert train_merges(counts, 40) == naive_merges(counts, 40)
-
-
-def test_merges_on_the_stories_equal_a_naive_trainers():
-    counts = Counter(regex.findall(GPT2_PATTERN, stories_text()))
-    assert train_merges(counts, 60) == naive_merges(counts, 60)
-
-
-def test_ties_go_to_the_lexicographically_greater_pair_of_byte_strings():
-    assert train_merges({"ab": 1, "cd": 1}, 1) == [(b"c", b"d")]
-    # (e, st) is less than (es, t), as e is a beginning of es.
-    assert train_merges({"est": 1}, 1) == [(b"s", b"t")]
-    assert train_merges({"ab": 3, "abc": 1, "aab": 1}, 2) == naive_merges({"ab": 3, "abc": 1, "aab": 1}, 2)
-
-
-def test_hugging_faces_merges_are_each_a_most_frequent_pair():
-    text = "\n".join(p.text for p in load_languages("en") + load_languages("zh") + load_languages("code"))
-    rust = tokenizers.Tokenizer(tokenizers.models.BPE())
-    rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=256 + 200, initial_alphabet=alphabet, show_progress=False
-    )
-    rust.train_from_iterator([text], trainer)
-    merges = json.loads(rust.to_str())["model"]["merges"]
-    words = as_bytes(Counter(regex.findall(GPT2_PATTERN, text)))
-    for merge in merges:
-        pair = tuple(bytes(map(UNICODE_TO_BYTE.get, part)) for part in merge)
-        counts = count_pairs(words)
-        assert counts[pair] == max(counts.values())
-        words = {join_pair(symbols, pair): n for symbols, n in words.items()}
-
-
 def test_training_on_one_text_or_on_its_documents_keeps_them_apart():
     assert BPETokenizer.train("abab abab", 300).merges == BPETokenizer.train(["abab", " abab"], 300).merges
     apart = BPETokenizer.train(["ab", "ab"], 300)
@@ -197,16 +131,16 @@ def test_special_tokens_in_training_text_are_borders_and_teach_nothing():
 
 def test_training_ends_early_when_no_pair_is_left():
     tokenizer = BPETokenizer.train("abc", 1000)
-    assert tokenizer.vocab_size == 256 + 2 + 1
+    assert tokenizer.n_vocab == 256 + 2 + 1
     assert tokenizer.encode("abc") == [257]
 
 
 def test_vocabulary_counts_bytes_merges_and_special_tokens_which_come_last():
     tokenizer = BPETokenizer.train(stories_text(), 300, SPECIALS)
-    assert tokenizer.vocab_size == 300 == 256 + len(tokenizer.merges) + len(SPECIALS)
+    assert tokenizer.n_vocab == 300 == 256 + len(tokenizer.merges) + len(SPECIALS)
     assert tokenizer.special_ids == {token: 296 + i for i, token in enumerate(SPECIALS)}
-    assert tokenizer.eot_token == 296 == tokenizer.to_tiktoken().eot_token
-    assert tokenizer.to_tiktoken().n_vocab == 300
+    assert tokenizer.eot_token == 296
+    assert APART.eot_token == APART_ENCODING.eot_token and APART.n_vocab == APART_ENCODING.n_vocab
 
 
 # Encoding and decoding
@@ -240,34 +174,6 @@ def test_gpt4s_pattern_and_special_tokens_equal_tiktokens(text, allowed):
     allowed = allowed if allowed == "all" else set(allowed)
     special = {"allowed_special": allowed, "disallowed_special": ()}
     assert APART.encode(text, **special) == APART_ENCODING.encode(text, **special)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=2, max_size=8), min_size=1, max_size=5))
-def test_merging_equals_joining_pair_after_pair(text, corpus):
-    merges = train_merges(Counter(corpus), 20)
-    symbols = tuple(bytes([byte]) for byte in text.encode())
-    for merge in merges:
-        symbols = join_pair(symbols, merge)
-    tokenizer = BPETokenizer(merges)
-    assert [tokenizer.decode_bytes([i]) for i in tokenizer.encode(text)] == list(symbols)
-
-
-@given(st.text("abc", max_size=20), st.text("abc", min_size=2, max_size=2))
-def test_changed_pairs_are_the_difference_of_all_pairs(symbols, pair):
-    parts = symbols.split(pair)
-    before, after = (Counter(map("".join, pairwise(s))) for s in (symbols, "N".join(parts)))
-    for was, becomes in changed_pairs(parts, pair, "N"):
-        before.update([becomes])
-        before.subtract([was])
-    before[pair] = 0  # none is left
-    assert +before == after
-
-
-def test_symbols_are_merged_in_order_of_rank():
-    a, b, c = map(to_symbols, (b"a", b"b", b"c"))
-    ranks = {b + c: 0, a + b: 1}
-    assert merge_symbols(a + b + c + a + b, ranks, [b + c, a + b]) == a + chr(256) + chr(257)
 
 
 def test_a_long_pre_token_is_encoded_like_tiktoken():
@@ -385,7 +291,122 @@ def test_without_special_tokens_their_text_is_ordinary():
     )
 
 
+# Names of tiktoken
+
+
+def test_the_names_of_tiktokens_encoding_mean_the_same():
+    texts = ["The sea.", "", "it's 河"]
+    assert (TOKENIZER.n_vocab, TOKENIZER.eot_token) == (ENCODING.n_vocab, ENCODING.eot_token)
+    assert TOKENIZER.encode_ordinary("a<|endoftext|>") == ENCODING.encode_ordinary("a<|endoftext|>")
+    assert TOKENIZER.encode_batch(texts) == ENCODING.encode_batch(texts)
+    taken = {"allowed_special": {"<|endoftext|>"}}
+    assert TOKENIZER.encode_batch(END, **taken) == ENCODING.encode_batch(list(END), **taken) == [[2047]]
+    rows = [ENCODING.encode(text) for text in texts]
+    assert TOKENIZER.decode_batch(rows) == ENCODING.decode_batch(rows) == texts
+    assert TOKENIZER.token_byte_values() == ENCODING.token_byte_values()
+    for token in range(TOKENIZER.n_vocab):
+        single = TOKENIZER.decode_single_token_bytes(token)
+        assert single == ENCODING.decode_single_token_bytes(token)
+        assert TOKENIZER.encode_single_token(single) == ENCODING.encode_single_token(single) == token
+        assert TOKENIZER.vocab[single] == token
+    assert TOKENIZER.encode_single_token(" the") == ENCODING.encode_single_token(" the")
+    assert len(TOKENIZER.vocab) == TOKENIZER.n_vocab
+
+
+def test_a_special_token_spelled_like_an_ordinary_one_is_found_as_tiktoken_finds_it():
+    tokenizer = BPETokenizer((), ("a", "b<"))
+    assert tokenizer.n_vocab == 258 and tokenizer.decode([256, 257]) == "ab<"
+    for text in ("a", "b<"):
+        assert tokenizer.encode_single_token(text) == tokenizer.to_tiktoken().encode_single_token(text)
+
+
+def test_our_tokenizer_stands_wherever_the_course_takes_tiktokens():
+    ids = TOKENIZER.encode("The river 河 was white.")
+    for take in (
+        lambda encoding: list(decode_stream(encoding, iter(ids))),
+        lambda encoding: document_row("The sea.<|endoftext|>", encoding),
+        lambda encoding: token_byte_lengths(encoding, 2100).tolist(),
+        lambda encoding: fingerprint(encoding),
+        lambda encoding: hugging_face_tokenizer(encoding).to_str(),
+        lambda encoding: [
+            chunk.tolist() for chunk in encode_documents(["a", "b c"], encoding.encode_ordinary, 7)
+        ],
+    ):
+        assert take(TOKENIZER) == take(ENCODING)
+
+
+# Special tokens that overlap
+
+
+@pytest.mark.parametrize(
+    "special_tokens",
+    [
+        ("<|im|>", "<|im|>user"),
+        ("<|im|>user", "<|im|>"),
+        ("<|endoftext|>", "<|endoftext|><|endoftext|>"),
+        ("a<|im|>b", "<|im|>"),
+        ("user<|im|>", "<|im|>"),
+        ("<|a", "a|>"),
+        ("xy", "<|pad|>", "yz"),
+    ],
+)
+def test_special_tokens_that_overlap_are_refused_by_both_exports(special_tokens):
+    with pytest.raises(ValueError, match="special_tokens must not overlap one another, got"):
+        check_apart(special_tokens)
+    tokenizer = BPETokenizer(TOKENIZER.merges[:50], special_tokens)
+    for export in (tokenizer.to_tiktoken, lambda: hugging_face_tokenizer(tokenizer)):
+        with pytest.raises(ValueError, match="special_tokens must not overlap"):
+            export()
+    special_ids = {name: 306 + i for i, name in enumerate(special_tokens)}
+    ranks = {token: i for token, i in tokenizer.vocab.items() if i < 306}
+    theirs = tiktoken.Encoding("x", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special_ids)
+    with pytest.raises(ValueError, match="special_tokens must not overlap"):
+        hugging_face_tokenizer(theirs)
+
+
+def test_usual_sets_of_special_tokens_are_apart():
+    check_apart(("<s>", "</s>", "<pad>", "<unk>", "[INST]", "[/INST]"))
+    check_apart([f"<|reserved_special_token_{i}|>" for i in range(250)] + ["<|endoftext|>", "<|eot_id|>"])
+    check_apart(("aa", "b"))  # a token may overlap itself
+    check_apart(())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sets(st.text("ab<", min_size=1, max_size=3), min_size=1, max_size=3),
+    st.text("ab<", max_size=12),
+    st.data(),
+)
+def test_special_tokens_that_are_apart_have_tiktokens_ids_and_errors(special_tokens, text, data):
+    tokenizer = BPETokenizer([(b"a", b"b")], sorted(special_tokens))
+    try:
+        encoding = tokenizer.to_tiktoken()
+    except ValueError:
+        return
+    allowed = data.draw(st.sets(st.sampled_from(sorted(special_tokens))))
+    disallowed = data.draw(st.sampled_from(["all", ()]))
+
+    def outcome(engine) -> list[int] | str:
+        try:
+            return engine.encode(text, allowed_special=allowed, disallowed_special=disallowed)
+        except ValueError:
+            return "disallowed"
+
+    assert outcome(tokenizer) == outcome(encoding)
+
+
 # Files
+
+
+def test_the_two_files_of_gpt2_cannot_be_swapped_unnoticed(tmp_path):
+    merges, vocab = tmp_path / "merges.txt", tmp_path / "vocab.json"
+    with pytest.raises(TypeError, match="positional"):
+        TOKENIZER.save_gpt2_files(merges, vocab)
+    TOKENIZER.save_gpt2_files(merges_path=merges, vocab_path=vocab)
+    with pytest.raises(TypeError, match="positional"):
+        BPETokenizer.from_gpt2_files(vocab, merges)
+    with pytest.raises(ValueError, match=r"vocab\.json, line 1: not two tokens in visible characters"):
+        BPETokenizer.from_gpt2_files(merges_path=vocab, vocab_path=merges)
 
 
 def test_tiktokens_format_comes_back_and_tiktoken_reads_it(tmp_path, monkeypatch):
@@ -402,8 +423,8 @@ def test_tiktokens_format_comes_back_and_tiktoken_reads_it(tmp_path, monkeypatch
 def test_gpt2s_format_comes_back_and_both_libraries_read_it(tmp_path):
     merges, vocab = tmp_path / "merges.txt", tmp_path / "vocab.json"
     tokenizer = BPETokenizer(TOKENIZER.merges, SPECIALS)
-    tokenizer.save_gpt2_files(merges, vocab)
-    again = BPETokenizer.from_gpt2_files(merges, vocab, SPECIALS)
+    tokenizer.save_gpt2_files(merges_path=merges, vocab_path=vocab)
+    again = BPETokenizer.from_gpt2_files(merges_path=merges, vocab_path=vocab, special_tokens=SPECIALS)
     assert (again.merges, again.special_ids) == (tokenizer.merges, tokenizer.special_ids)
     hf = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -461,19 +482,19 @@ def test_a_damaged_tiktoken_file_names_file_and_line(tmp_path, damage, line):
 )
 def test_a_damaged_merges_file_names_file_and_line(tmp_path, damage, line):
     merges, vocab = tmp_path / "merges.txt", tmp_path / "vocab.json"
-    TOKENIZER.save_gpt2_files(merges, vocab)
+    TOKENIZER.save_gpt2_files(merges_path=merges, vocab_path=vocab)
     lines = merges.read_text(encoding="utf-8").splitlines()
     merges.write_text("\n".join(damage(lines)), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"merges\.txt, line {line}: "):
-        BPETokenizer.from_gpt2_files(merges, vocab)
+        BPETokenizer.from_gpt2_files(merges_path=merges, vocab_path=vocab)
 
 
 def test_a_merges_file_cut_short_does_not_fit_the_vocabulary(tmp_path):
     merges, vocab = tmp_path / "merges.txt", tmp_path / "vocab.json"
-    TOKENIZER.save_gpt2_files(merges, vocab)
+    TOKENIZER.save_gpt2_files(merges_path=merges, vocab_path=vocab)
     merges.write_text("\n".join(merges.read_text(encoding="utf-8").splitlines()[:-1]), encoding="utf-8")
     with pytest.raises(ValueError, match=r"vocab\.json: other tokens or ids .*merges\.txt"):
-        BPETokenizer.from_gpt2_files(merges, vocab)
+        BPETokenizer.from_gpt2_files(merges_path=merges, vocab_path=vocab)
 
 
 @pytest.mark.parametrize(
@@ -481,24 +502,26 @@ def test_a_merges_file_cut_short_does_not_fit_the_vocabulary(tmp_path):
 )
 def test_a_damaged_vocabulary_names_the_file(tmp_path, text):
     merges, vocab = tmp_path / "merges.txt", tmp_path / "vocab.json"
-    TOKENIZER.save_gpt2_files(merges, vocab)
+    TOKENIZER.save_gpt2_files(merges_path=merges, vocab_path=vocab)
     vocab.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"vocab\.json: "):
-        BPETokenizer.from_gpt2_files(merges, vocab)
+        BPETokenizer.from_gpt2_files(merges_path=merges, vocab_path=vocab)
 
 
 def test_vocabulary_ids_with_a_gap_are_refused(tmp_path):
     merges, vocab = tmp_path / "merges.txt", tmp_path / "vocab.json"
-    TOKENIZER.save_gpt2_files(merges, vocab)
+    TOKENIZER.save_gpt2_files(merges_path=merges, vocab_path=vocab)
     ids = json.loads(vocab.read_text())
     vocab.write_text(json.dumps({**ids, "<|endoftext|>": 99_999}))
     with pytest.raises(ValueError, match=r"vocab\.json: "):
-        BPETokenizer.from_gpt2_files(merges, vocab)
+        BPETokenizer.from_gpt2_files(merges_path=merges, vocab_path=vocab)
 
 
 def test_a_special_token_written_like_another_token_cannot_be_saved_for_gpt2(tmp_path):
     with pytest.raises(ValueError, match="written like another token"):
-        BPETokenizer((), ("a",)).save_gpt2_files(tmp_path / "merges.txt", tmp_path / "vocab.json")
+        BPETokenizer((), ("a",)).save_gpt2_files(
+            merges_path=tmp_path / "merges.txt", vocab_path=tmp_path / "vocab.json"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -513,11 +536,11 @@ def test_gpt2s_own_files_give_the_ids_of_tiktokens_gpt2(tmp_path):
         merges, vocab = download.gpt2_merges_file(), download.gpt2_vocab_file()
     except download.DownloadError as error:
         pytest.skip(f"GPT-2's files cannot be had: {error}")
-    tokenizer = BPETokenizer.from_gpt2_files(merges, vocab)
+    tokenizer = BPETokenizer.from_gpt2_files(merges_path=merges, vocab_path=vocab)
     text = stories_text()
     assert tokenizer.encode(text) == encoding.encode(text)
-    assert tokenizer.vocab_size == 50257 and tokenizer.eot_token == encoding.eot_token
-    tokenizer.save_gpt2_files(tmp_path / "merges.txt", tmp_path / "vocab.json")
+    assert tokenizer.n_vocab == 50257 and tokenizer.eot_token == encoding.eot_token
+    tokenizer.save_gpt2_files(merges_path=tmp_path / "merges.txt", vocab_path=tmp_path / "vocab.json")
     assert (tmp_path / "merges.txt").read_text(encoding="utf-8") == merges.read_text(encoding="utf-8")
 
 
@@ -543,6 +566,14 @@ def test_gpt2s_own_files_give_the_ids_of_tiktokens_gpt2(tmp_path):
         (lambda: TOKENIZER.decode([-1]), ValueError, "-1"),
         (lambda: TOKENIZER.decode([1.0]), TypeError, "int"),
         (lambda: TOKENIZER.decode("12"), TypeError, "int"),
+        (lambda: TOKENIZER.decode_single_token_bytes(2048), ValueError, "from 0 to 2047, got 2048"),
+        (
+            lambda: TOKENIZER.encode_single_token("河"),
+            ValueError,
+            "text_or_bytes must be one token, got '河'",
+        ),
+        (lambda: TOKENIZER.encode_single_token("\ud800"), ValueError, "text_or_bytes must be one token"),
+        (lambda: TOKENIZER.encode_batch("text"), TypeError, "texts"),
         (lambda: TOKENIZER.decode(12), TypeError, "int"),
         (lambda: BPETokenizer.train("", 300), ValueError, "texts is empty"),
         (lambda: BPETokenizer.train([], 300), ValueError, "texts is empty"),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,3 +82,11 @@ def test_shuffled_rows_are_a_new_permutation_in_each_epoch():
     assert sorted(first) == sorted(second) == rows and first != second != rows
     assert list(shuffled_rows(rows, seed=1, epochs=2)) == drawn != list(shuffled_rows(rows, seed=2, epochs=2))
     assert list(shuffled_rows([])) == []
+
+
+def test_rows_may_come_from_an_iterator_or_an_array():
+    rows = [[1, 2, 3], [4, 5]]
+    for found, expected in zip(pad_rows(iter(rows)), pad_rows(rows), strict=True):
+        assert torch.equal(found, expected)
+    array = np.arange(6).reshape(2, 3)
+    assert sorted(row.tolist() for row in shuffled_rows(array, epochs=1)) == array.tolist()

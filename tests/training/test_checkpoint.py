@@ -1,11 +1,16 @@
 """`shared.training.checkpoint`: read back to the last bit, and whole or not at all, wherever the writer is killed."""
 
 import errno
+import json
 import os
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from shared.model.gpt import GPTConfig, GPTModel
@@ -13,7 +18,7 @@ from shared.training import checkpoint
 from shared.training.checkpoint import (
     CheckpointError,
     checkpoints,
-    join_optimizer_state,
+    from_json,
     latest_checkpoint,
     load_checkpoint,
     load_model_state,
@@ -21,9 +26,10 @@ from shared.training.checkpoint import (
     random_states,
     save_checkpoint,
     set_random_states,
-    split_optimizer_state,
+    to_json,
 )
 from shared.training.optimizers import OPTIMIZERS, build_optimizers
+from tests.weights.models import WRAPPED, process_group
 
 CONFIG = GPTConfig(
     vocab_size=20, context_length=8, emb_dim=16, n_heads=2, n_layers=2, dropout=0.1, positions="rotary"
@@ -86,16 +92,97 @@ def test_types_and_shapes_come_back_and_views_are_stored_whole(tmp_path):
         assert loaded.model[name].dtype == tensor.dtype and torch.equal(loaded.model[name], tensor)
 
 
-def test_optimizer_state_is_split_and_joined():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, 0.95))
-    parameter.grad = torch.ones(2)
-    optimizer.step()
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(lambda: torch.tensor(1.0))
+    return optimizer
+
+
+def same(a: object, b: object) -> bool:
+    """Equal, and of the same types, however deep."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(b) is dict and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+MAKERS = {
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, betas=(0.9, 0.95)),
+    "a learning rate that is a tensor": lambda parameters: torch.optim.AdamW(
+        parameters, lr=torch.tensor(0.1)
+    ),
+    "numbers in the state": lambda parameters: torch.optim.ASGD(parameters),
+    "tuples with None in them": lambda parameters: torch.optim.Adafactor(parameters),
+    "lists of tensors": lambda parameters: torch.optim.LBFGS(parameters, max_iter=3),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_optimizer_states_come_back_with_their_types(kind, tmp_path):
+    make = MAKERS[kind]
+    parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3, 3))]
+    optimizer = stepped(make(parameters))
     state = optimizer.state_dict()
-    state["state"][0]["label"] = "plain"
-    tensors, rest = split_optimizer_state(state)
-    assert set(tensors) == {"0/step", "0/exp_avg", "0/exp_avg_sq"} and rest["values"] == {"0/label": "plain"}
-    assert join_optimizer_state(tensors, rest) == state
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, WEIGHTS, [state, state]))
+    assert len(loaded.optimizers) == 2 and all(same(each, state) for each in loaded.optimizers)
+    fresh = make([torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters])
+    fresh.load_state_dict(loaded.optimizers[0])
+    assert same(stepped(fresh).state_dict(), stepped(optimizer).state_dict())
+
+
+def test_what_json_would_change_comes_back_as_it_was(tmp_path):
+    extra = {
+        "tuple": (1, (2.5, None), []),
+        "keys": {0: "a", 1: {"b": (3,)}, (2, "c"): True, None: False, 1.5: 0, "1": 1},
+        "marks": [{"tuple": [1]}, {"pairs": []}, {"tensor": "x"}, {"tensor": 1, "tuple": 2}],
+        "floats": [0.1, 1e-300, float("inf"), float("-inf"), float("nan")],
+        "tensor": [torch.arange(3), {0: torch.ones(2, dtype=torch.bfloat16)}],
+        "text": "Grüße\n\0",
+    }
+    assert same(load_checkpoint(save_checkpoint(tmp_path, 1, WEIGHTS, extra=extra)).extra, extra)
+    numbers = {"loss": np.float32(0.1), "step": np.int64(3), "done": np.bool_(True)}
+    found = load_checkpoint(save_checkpoint(tmp_path, 2, WEIGHTS, extra=numbers)).extra
+    assert found == numbers and [type(value) for value in found.values()] == [float, int, bool]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.lists(inner).map(tuple)
+            | st.dictionaries(st.integers() | st.sampled_from(["tuple", "pairs", "tensor", "x"]), inner)
+        ),
+    )
+)
+def test_any_plain_value_survives_json(value):
+    assert same(from_json(json.loads(json.dumps(to_json(value, "value", {}))), {}), value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"extra": {"path": [Path("x")]}}, r"extra\['path'\]\[0\] must be numbers, .* got .*Path"),
+        (
+            {"optimizers": [{"state": {}, "param_groups": [{"lr": print}]}]},
+            r"optimizers\[0\]\['param_groups'\]\[0\]\['lr'\] must be numbers, texts, .* got <built-in",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_there_is_a_file(options, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        save_checkpoint(tmp_path, 1, WEIGHTS, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_error_on_the_way_leaves_nothing_half_written(tmp_path):
+    with pytest.raises(AttributeError):
+        save_checkpoint(tmp_path, 1, {"weight": torch.ones(2), "not a tensor": 3})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tied_head_is_stored_once_and_a_state_must_fit():
@@ -114,6 +201,22 @@ def test_a_tied_head_is_stored_once_and_a_state_must_fit():
     del state["final_norm.weight"]
     with pytest.raises(ValueError, match=r"final_norm\.weight is missing"):
         load_model_state(other, state)
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_model_is_saved_under_its_own_names_and_loaded_into_any_other(kind, tmp_path):
+    with process_group():
+        torch.manual_seed(0)
+        model = GPTModel(CONFIG)
+        path = save_checkpoint(tmp_path, 1, model_state(WRAPPED[kind](model)))
+        torch.manual_seed(1)
+        plain, wrapped = GPTModel(CONFIG), WRAPPED[kind](GPTModel(CONFIG))
+        saved = load_checkpoint(path).model
+        assert saved.keys() == model_state(model).keys()
+        for other in (plain, wrapped):
+            load_model_state(other, saved)
+            found = model_state(other)
+            assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
 
 
 def test_random_states_repeat_the_numbers():

@@ -12,6 +12,7 @@ from shared.model.layers import balance_loss
 from shared.training.batches import IGNORE, pad_rows
 from shared.training.loop import train
 from shared.training.losses import next_token_loss
+from shared.training.optimizers import build_optimizers
 from tests.training.small import build, random_batch
 
 
@@ -80,7 +81,7 @@ def test_several_optimizers_and_a_schedule():
     before = copy.deepcopy(model.state_dict())
     log = train(model, [random_batch()], optimizers, n_steps=4, schedule=lambda k: 1 / (k + 1))
     assert [record.learning_rate for record in log[1:]] == pytest.approx([0.5, 0.25, 0.5 / 3, 0.125])
-    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == pytest.approx([0.125, 0.0025])
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [0.5, 0.01]
     # Both optimizers worked: every parameter moved.
     assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
 
@@ -96,6 +97,110 @@ def test_a_run_in_two_parts_equals_one_run():
     assert [(r.step, r.loss, r.learning_rate) for r in log[1:]] == [
         (r.step, r.loss, r.learning_rate) for r in expected[6:]
     ]
+
+
+def rates(optimizers) -> list[float]:
+    return [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def test_a_schedule_leaves_the_learning_rates_as_they_were():
+    model = build()
+    optimizers = build_optimizers(model, "muon", 1e-2)
+    before, options = rates(optimizers), {"n_steps": 4, "schedule": lambda k: 1 - k / 3}
+    log = train(model, [random_batch()], optimizers, **options)
+    assert log[-1].learning_rate == 0.0 and rates(optimizers) == before
+    # The next run is at the rates that the groups have, those of the first run forgotten.
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+    log = train(model, [random_batch()], optimizers, **options)
+    assert [record.learning_rate for record in log[1:]] == pytest.approx([0.5, 1 / 3, 1 / 6, 0.0])
+    assert set(rates(optimizers)) == {0.5}
+
+
+def test_an_interrupted_run_gives_the_learning_rates_back():
+    model = build()
+    optimizer = adamw(model)
+
+    def stop(record):
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    options = {"n_steps": 4, "schedule": lambda k: 1 - k / 4}
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [random_batch()], optimizer, on_step=stop, **options)
+    assert rates([optimizer]) == [1e-2] and "initial_lr" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
+def test_a_run_goes_on_from_an_optimizer_state_that_was_saved_midway(lr):
+    batches, options = [random_batch(seed=seed) for seed in range(6)], {"schedule": lambda k: 1 - k / 6}
+    whole, saved = build(), {}
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=lr)
+
+    def save(record):
+        if record.step == 3:
+            saved.update(copy.deepcopy({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}))
+
+    expected = train(whole, batches, optimizer, n_steps=6, on_step=save, **options)
+    resumed = build(seed=1)
+    resumed.load_state_dict(saved["model"])
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=0.7)
+    optimizer.load_state_dict(saved["optimizer"])
+    log = train(resumed, batches[3:], optimizer, n_steps=6, start_step=3, **options)
+    assert [(r.loss, r.learning_rate) for r in log[1:]] == [(r.loss, r.learning_rate) for r in expected[4:]]
+    assert all(type(record.learning_rate) is float for record in log[1:])
+    assert rates([optimizer]) == [lr] and "initial_lr" not in optimizer.param_groups[0]
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = build(), build()
+    with pytest.raises(
+        ValueError, match=r"optimizers\[1\] must hold parameters of the model, got 16 of another"
+    ):
+        train(model, [random_batch()], [adamw(model), adamw(other)], n_steps=1)
+
+
+# --- whose modes are whose
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("error", [None, "in a step", "in an evaluation"])
+def test_every_module_has_its_own_mode_back_also_after_an_error(error):
+    model, seen = build(n_layers=2, dropout=0.1), []
+    model.blocks[0].eval()
+    before = modes(model)
+
+    def on_evaluate(step):
+        seen.append(modes(model))
+        model.train()  # as many evaluations end
+        if error == "in an evaluation":
+            raise RuntimeError(error)
+
+    def on_step(record):
+        seen.append(modes(model))
+        if error == "in a step":
+            raise RuntimeError(error)
+
+    options = {"n_steps": 2, "on_evaluate": on_evaluate, "on_step": on_step}
+    if error:
+        with pytest.raises(RuntimeError, match=error):
+            train(model, [random_batch()], adamw(model), **options)
+    else:
+        train(model, [random_batch()], adamw(model), **options)
+        # Evaluated as a whole, and trained with each module in its own mode.
+        all_off = [False] * len(before)
+        assert seen == [all_off, before, all_off, before]
+    assert modes(model) == before
+
+
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode():
+    model, seen = build(dropout=0.1).eval(), []
+    train(model, [random_batch()], adamw(model), n_steps=1, on_step=lambda _: seen.append(modes(model)))
+    assert all(seen[0]) and not any(modes(model))
 
 
 def test_clipping_bounds_the_step_and_none_does_not():

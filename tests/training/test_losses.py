@@ -18,6 +18,7 @@ from shared.training.losses import (
     loss_per_document,
     next_token_loss,
     on_device,
+    own_modes,
     perplexity,
 )
 from tests.training.small import build, random_batch
@@ -88,6 +89,18 @@ def test_units():
 # --- evaluation
 
 
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [(709.7, math.exp(709.7)), (2079.8, math.inf), (math.inf, math.inf), (-math.inf, 0.0)],
+)
+def test_the_perplexity_of_a_hopeless_loss_is_infinite(loss, expected):
+    assert perplexity(loss) == expected
+
+
+def test_the_perplexity_of_nan_is_nan():
+    assert math.isnan(perplexity(math.nan))
+
+
 def test_guessing_evenly_costs_log_of_the_vocabulary():
     found = evaluate(Uniform(20), [random_batch(), random_batch(2, 5)])
     assert found.tokens == 4 * 8 + 2 * 5
@@ -107,6 +120,30 @@ def test_evaluation_does_not_depend_on_batching_or_dropout_and_keeps_the_mode():
     assert single.nats / 4 == pytest.approx(whole, abs=1e-5) and single.tokens == sum(map(len, rows)) - 4
     with pytest.raises(ValueError, match="no target"):
         evaluate(model, [])
+
+
+@pytest.mark.parametrize("ids", [3, 99])
+def test_each_module_gets_its_own_mode_back_also_after_an_error(ids):
+    model = build(n_layers=2, dropout=0.5)
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    batch = [(torch.full((1, 4), ids), torch.ones(1, 4, dtype=torch.int64))]
+    if ids < model.config.vocab_size:
+        evaluate(model, batch)
+    else:
+        with pytest.raises(ValueError, match="tokens must be ids"):
+            evaluate(model, batch)
+    assert [module.training for module in model.modules()] == before and {*before} == {True, False}
+
+
+def test_own_modes_undoes_what_happens_inside():
+    model = build(n_layers=2)
+    model.final_norm.eval()
+    before = [module.training for module in model.modules()]
+    with own_modes(model):
+        model.eval()
+        model.blocks.train()
+    assert [module.training for module in model.modules()] == before
 
 
 def test_the_mode_is_restored_after_an_error():

@@ -133,3 +133,10 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_drops_may_come_from_an_iterator():
+    expected = build_schedule("step", 10, drops=[0.2, 0.5])
+    found = build_schedule("step", 10, drops=iter([0.2, 0.5]))
+    assert [found(step) for step in range(11)] == [expected(step) for step in range(11)]
+    assert step_decay(9, 10, drops=iter([0.2, 0.5])) == expected(9) == pytest.approx(0.01)

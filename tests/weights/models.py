@@ -1,12 +1,21 @@
 """Small models of transformers and of ours that the tests of this room share."""
 
+import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    HeliumConfig,
+    HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -15,6 +24,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from shared.model.gpt import GPTConfig, GPTModel
@@ -39,6 +50,13 @@ ROPES = {
         "factor": 4.0,
         "original_max_position_embeddings": 4,
     },
+    "yarn, factor": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 4,
+        "attention_factor": 1.7,
+    },
     "llama3": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, **LLAMA3},
 }
 SIZES = {"vocab_size": 2048, "context_length": 64, "emb_dim": 24, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
@@ -59,6 +77,26 @@ EXPORTED = {
     "mistral": ("MistralForCausalLM", {**LLAMA, "window": 5, "norm_eps": 1e-3}),
     "qwen3": ("Qwen3ForCausalLM", {**LLAMA, "qk_norm": True, "n_kv_heads": 1, "head_dim": 10}),
     "qwen3, window": ("Qwen3ForCausalLM", {**LLAMA, "qk_norm": True, "window": 5, "tie_weights": False}),
+    "gpt2, exact gelu": ("GPT2LMHeadModel", {"activation": "gelu"}),
+    "gpt2, relu": ("GPT2LMHeadModel", {"activation": "relu"}),
+    "gpt2, silu": ("GPT2LMHeadModel", {"activation": "silu"}),
+    "yarn, factor": (
+        "LlamaForCausalLM",
+        {**LLAMA, "rope_scaling": "yarn", **LONGER, "rope_attention_factor": 1.7},
+    ),
+    "helium": ("HeliumForCausalLM", {**LLAMA, "rope_interleaved": True, "rope_base": 500.0, "n_kv_heads": 2}),
+    "helium, yarn": (
+        "HeliumForCausalLM",
+        {**LLAMA, "rope_interleaved": True, "rope_scaling": "yarn", **LONGER},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {**LLAMA, "qk_norm": True, "feed_forward": "moe", "n_experts": 4, "n_kv_heads": 2, "head_dim": 10},
+    ),
+    "qwen3_moe, window": (
+        "Qwen3MoeForCausalLM",
+        {**LLAMA, "qk_norm": True, "feed_forward": "moe", "n_experts": 3, "n_active_experts": 1, "window": 5},
+    ),
     "mixtral": ("MixtralForCausalLM", {**LLAMA, "feed_forward": "moe", "n_experts": 4}),
     "mixtral, window": (
         "MixtralForCausalLM",
@@ -78,6 +116,18 @@ def theirs(name: str) -> nn.Module:
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_head=4, n_layer=1, n_inner=30, **NO_TOKENS)
         )
+    elif name in ("gpt2, gelu", "gpt2, relu"):
+        sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 24, "n_head": 4, "n_layer": 2}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, activation_function=name[6:], **NO_TOKENS))
+    elif name in ("helium", "helium, yarn"):
+        options = {"head_dim": 6, "rope_parameters": ROPES["yarn" if "yarn" in name else "default"]}
+        model = HeliumForCausalLM(HeliumConfig(**COMMON, **options))
+    elif name in ("qwen3_moe", "qwen3_moe, window"):
+        options = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 10}
+        window = {"use_sliding_window": True, "sliding_window": 5} if "window" in name else {}
+        config = Qwen3MoeConfig(**COMMON, **options, **window, norm_topk_prob=True)
+        config._experts_implementation = "eager"
+        model = Qwen3MoeForCausalLM(config)
     elif name in ROPES:
         model = LlamaForCausalLM(LlamaConfig(**COMMON, rope_parameters=ROPES[name]))
     elif name == "llama, tied":
@@ -132,6 +182,36 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    """The same model with each block compiled by itself and one kept in memory as its input alone."""
+    model = copy.copy(model)
+    model._modules = dict(model._modules)
+    model.blocks = nn.ModuleList(torch.compile(block) for block in model.blocks)
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    return model
+
+
+# What a training run puts around a model; nothing is compiled before the first call. DDP needs a process group.
+WRAPPED = {
+    "compiled": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "DDP": lambda model: DistributedDataParallel(model),
+    "compiled DDP": lambda model: torch.compile(DistributedDataParallel(torch.compile(model))),
+    "average": AveragedModel,
+    "compiled blocks": compiled_blocks,
+}
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def same_parameters(one: GPTModel, other: GPTModel) -> bool:

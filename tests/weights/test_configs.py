@@ -1,7 +1,7 @@
 """`shared.weights.configs`: configurations of transformers, there and back; what must be refused."""
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 from shared.model.gpt import PRESETS, GPTConfig
 from shared.weights.configs import CONFIG_FIELDS, config_from_hf, config_to_hf, family_of
@@ -73,7 +73,10 @@ def test_a_configuration_without_counterpart_is_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation_function": "relu"}, "activation_function must be 'gelu_new' or 'gelu_pytorch_tanh'"),
+        (
+            {"activation_function": "tanh"},
+            "activation_function must be one of gelu_new, gelu_pytorch_tanh, gelu, relu, silu, got 'tanh'",
+        ),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False"),
         ({"scale_attn_weights": False}, "scale_attn_weights must be True"),
         ({"attn_pdrop": 0.2}, "attn_pdrop must be 0.1, got 0.2"),
@@ -91,6 +94,39 @@ def test_a_configuration_means_the_same_after_the_way_there_and_back(name, optio
     assert config_to_hf(back) == config_to_hf(config)
     assert config_from_hf(config_to_hf(back)) == back
     assert family_of(back) == family_of(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob must be True, got False"),
+        ({"norm_topk_prob": "drop"}, "norm_topk_prob must be True, got False"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step must be 1, got 2"),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers must be \[\] or None, got \[1\]"),
+        (
+            {"moe_intermediate_size": "drop"},
+            "moe_intermediate_size is missing in the configuration of a qwen3_moe",
+        ),
+    ],
+)
+def test_a_mixture_of_qwen_without_counterpart_is_refused(changes, message):
+    config = Qwen3MoeConfig(**COMMON, num_experts=3, num_experts_per_tok=2, norm_topk_prob=True).to_dict()
+    assert config_from_hf(config).n_experts == 3
+    assert config_from_hf(config | {"num_experts": 5}).n_experts == 5  # the name in published files
+    with pytest.raises(ValueError, match=message):
+        config_from_hf({key: value for key, value in (config | changes).items() if value != "drop"})
+
+
+def test_options_of_another_rotary_scaling_are_passed_over_as_in_transformers():
+    rope = {**ROPES["default"], "factor": 4.0, "original_max_position_embeddings": 8, "attention_factor": 1.7}
+    config = config_from_hf(llama_config(rope_parameters=rope))
+    assert (config.rope_factor, config.rope_original_length, config.rope_attention_factor) == (
+        1.0,
+        None,
+        None,
+    )
+    linear = config_from_hf(llama_config(rope_parameters=rope | {"rope_type": "linear"}))
+    assert (linear.rope_factor, linear.rope_attention_factor) == (4.0, None)
 
 
 def test_the_configuration_of_gpt2_is_the_published_one():

@@ -30,7 +30,16 @@ from shared.weights.huggingface import export_to_hugging_face
 from shared.weights.names import huggingface_views
 from shared.weights.pretrained import load_pretrained
 from tests.model.test_gpt import VARIANTS as MODELS
-from tests.weights.models import build, config_of, logits, random_ids, same_parameters, theirs
+from tests.weights.models import (
+    WRAPPED,
+    build,
+    config_of,
+    logits,
+    process_group,
+    random_ids,
+    same_parameters,
+    theirs,
+)
 
 # --- files as others write them
 
@@ -40,7 +49,7 @@ from tests.weights.models import build, config_of, logits, random_ids, same_para
     kv_heads=st.sampled_from([1, 2, 4]),
     head_dim=st.sampled_from([None, 2, 10]),
     tied=st.booleans(),
-    family=st.sampled_from(["llama", "qwen3", "mixtral"]),
+    family=st.sampled_from(["llama", "qwen3", "mixtral", "qwen3_moe"]),
 )
 def test_any_shape_goes_through_a_file_and_back(kv_heads, head_dim, tied, family, tmp_path):
     options = {
@@ -49,15 +58,17 @@ def test_any_shape_goes_through_a_file_and_back(kv_heads, head_dim, tied, family
         "bias": False,
         "qkv_bias": False,
         "n_kv_heads": kv_heads,
-        "feed_forward": "moe" if family == "mixtral" else "swiglu",
-        "qk_norm": family == "qwen3",
+        "feed_forward": "moe" if family in ("mixtral", "qwen3_moe") else "swiglu",
+        "qk_norm": family in ("qwen3", "qwen3_moe"),
         "vocab_size": 9,
         "context_length": 4,
         "emb_dim": 16,
         "n_heads": 4,
         "n_layers": 2,
     }
-    config = GPTConfig(**options, head_dim=head_dim, tie_weights=tied, n_experts=3)
+    if "moe" in options.values():
+        options["n_experts"] = 3
+    config = GPTConfig(**options, head_dim=head_dim, tie_weights=tied)
     model, other = GPTModel(config), GPTModel(config)
     views = huggingface_views(model, family)
     assert sum(view.numel() for view in views.values()) == model.n_parameters
@@ -370,3 +381,27 @@ def test_a_killed_process_leaves_the_earlier_folder_whole(stage, tmp_path):
     # The next one is not disturbed.
     save_checkpoint_folder(models["second"], tmp_path / "first", note="second", replace=True)
     assert state_of(tmp_path / "first", models) == "second"
+
+
+# --- wrappers
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with process_group():
+        yield
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_model_is_saved_and_exported_under_its_own_names(kind, alone, tmp_path):
+    model = build()
+    wrapped = WRAPPED[kind](model)
+    save_checkpoint_folder(wrapped, tmp_path / "ours")
+    export_to_hugging_face(wrapped, tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert same_parameters(load_pretrained(tmp_path / folder), model)
+    # A state that was gathered elsewhere may have the wrapper's names too.
+    state = {name: parameter.detach() + 1 for name, parameter in wrapped.named_parameters()}
+    save_checkpoint_folder(wrapped, tmp_path / "gathered", state=state)
+    found = load_pretrained(tmp_path / "gathered")
+    assert all(torch.equal(a, b + 1) for a, b in zip(found.parameters(), model.parameters(), strict=True))

@@ -69,7 +69,12 @@ def test_an_exported_model_computes_and_writes_the_same_in_transformers(name, op
         ({**LLAMA, "norm": "layernorm"}, "llama, cannot have norm='layernorm'"),
         ({**LLAMA, "qkv_bias": True}, "llama, cannot have qkv_bias=True"),
         ({**LLAMA, "qk_norm": True, "bias": True}, "qwen3, cannot have bias=True"),
-        ({**LLAMA, "feed_forward": "moe", "qk_norm": True}, "cannot have (feed_forward='moe'|qk_norm=True)"),
+        (
+            {**LLAMA, "feed_forward": "moe", "rope_interleaved": True},
+            "mixtral, cannot have rope_interleaved=True",
+        ),
+        ({**LLAMA, "rope_interleaved": True, "window": 4}, "mistral, cannot have rope_interleaved=True"),
+        ({**LLAMA, "rope_interleaved": True, "head_dim": 8}, "cannot have (rope_interleaved|head_dim)"),
         ({**LLAMA, "feed_forward": "gelu"}, "llama, cannot have feed_forward='gelu'"),
     ],
 )

@@ -8,9 +8,17 @@ from transformers import GPT2LMHeadModel
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.weights.configs import config_from_hf
 from shared.weights.files import load_safetensors
-from shared.weights.names import huggingface_views
+from shared.weights.names import huggingface_views, unwrap, unwrapped_name
 from shared.weights.pretrained import GPT2_REPOSITORIES, empty_model
-from tests.weights.models import ROPES, config_of, config_of_transformers, theirs
+from tests.weights.models import (
+    ROPES,
+    WRAPPED,
+    build,
+    config_of,
+    config_of_transformers,
+    process_group,
+    theirs,
+)
 
 THEIRS = (
     "gpt2",
@@ -22,6 +30,12 @@ THEIRS = (
     "qwen3, window",
     "mistral",
     "mixtral",
+    "gpt2, gelu",
+    "gpt2, relu",
+    "helium",
+    "helium, yarn",
+    "qwen3_moe",
+    "qwen3_moe, window",
 )
 
 
@@ -88,3 +102,48 @@ def test_families_that_do_not_fit_are_refused():
         huggingface_views(model, "bert")
     with pytest.raises(ValueError, match=r"llama has no counterpart of position_embedding.weight"):
         huggingface_views(model, "llama")
+
+
+# --- wrappers
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with process_group():
+        yield
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_the_model_and_its_names_are_found_inside_any_wrapper(kind, alone):
+    model = build()
+    wrapped = WRAPPED[kind](model)
+    inside = unwrap(wrapped)
+    assert type(inside) is GPTModel and inside.n_parameters == model.n_parameters
+    assert kind in ("average", "compiled blocks") or inside is model
+    names = [name for name, _ in model.named_parameters()]
+    assert [unwrapped_name(name) for name, _ in wrapped.named_parameters()] == names
+    assert [name for name, _ in wrapped.named_parameters()] != names
+    views, own = huggingface_views(wrapped, "gpt2"), huggingface_views(model, "gpt2")
+    assert views.keys() == own.keys() and all(torch.equal(views[name], own[name]) for name in own)
+
+
+def test_what_is_not_wrapped_stays_as_it_is():
+    class Module(torch.nn.Module):
+        """A child of that name, and another."""
+
+        def __init__(self):
+            super().__init__()
+            self.module, self.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    model = Module()
+    assert unwrap(model) is model and unwrap(model.head) is model.head
+    for name in ("blocks.0.module.weight", "blocks.10.attention.qkv.bias", "modules.0.weight", "module"):
+        assert unwrapped_name(name) == name
+
+
+def test_a_file_with_the_names_of_wrappers_is_read(tmp_path):
+    model, other = build(), build(seed=1)
+    weights = {f"module._orig_mod.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    save_file(weights, tmp_path / "model.safetensors")
+    load_safetensors(torch.compile(other), tmp_path / "model.safetensors", None)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -116,6 +116,29 @@ def test_every_name_of_gpt2_is_fetched_once_and_loaded(name, hub, monkeypatch, t
 
 
 @pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("gpt2", "gpt2-small"),
+        ("openai-community/gpt2", "gpt2-small"),
+        ("openai-community/gpt2-medium", "gpt2-medium"),
+        ("openai-community/gpt2-large", "gpt2-large"),
+        ("openai-community/gpt2-xl", "gpt2-xl"),
+    ],
+)
+def test_the_usual_names_of_gpt2_are_known(alias, name, hub, monkeypatch, tmp_path):
+    small = {"vocab_size": 90, "context_length": 16, "emb_dim": 24, "n_heads": 4, "n_layers": 1}
+    monkeypatch.setitem(PRESETS, name, small)
+    save_file(gpt2_as_on_the_hub(GPTConfig.preset(name)), tmp_path / "served.safetensors")
+    serve(hub, name, tmp_path / "served.safetensors")
+    assert same_parameters(load_pretrained(alias), load_pretrained(name))
+    # A folder of that name is another thing.
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_pretrained("./gpt2")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t.pop("h.1.mlp.c_fc.bias"), r"transformer\.h\.1\.mlp\.c_fc\.bias is missing"),
