@@ -18,7 +18,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,9 +26,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from shared.checks import choose
-from shared.model.gpt import GPTModel
+from shared.model.gpt import GPTConfig, GPTModel
 from shared.weights.names import FAMILIES, huggingface_views, unwrap, unwrapped_name
 
 PIECE_NUMBERS = 2_000_000
@@ -113,6 +114,29 @@ def load_safetensors(
     for name, view in views.items():
         for start, rows in read_pieces(*sources[name]):
             view[start : start + len(rows)].copy_(rows)
+
+
+class _NoFirstWeights(TorchFunctionMode):
+    """Inside this context the functions of torch.nn.init leave tensors as they are."""
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def empty_model(
+    config: GPTConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> GPTModel:
+    """Return a model to load weights into: its parameters are not initialised, its computed tables are right."""
+    with _NoFirstWeights():
+        model = GPTModel(config)
+    for parameter in model.parameters():  # the same objects, so a tied output head stays tied
+        parameter.data = torch.empty(parameter.shape, device=device, dtype=dtype)
+    return model.to(device)  # the tables
 
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

