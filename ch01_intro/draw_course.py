@@ -23,7 +23,12 @@ STAGES = (
         BLUE,
     ),
     ("4  GPT", "blocks, generation\nengine, variants", "transformers: GPT-2,\nLlama, Mixtral", GREEN),
-    ("5  Pretraining", "loop, decoding, scale,\nGPT-2's weights", "torch.optim, entropy\nof the text", GREEN),
+    (
+        "5  Pretraining",
+        "loop, decoding, scale,\na real model",
+        "entropy of the text,\ntransformers, llama.cpp",
+        GREEN,
+    ),
     ("6, 7  Fine-tuning", "classify, follow\ninstructions, LoRA", "PEFT, scikit-learn\nbaselines", ORANGE),
     ("Deployment", "compress, export,\nserve, judge risks", "ONNX Runtime,\nllama.cpp's format", PURPLE),
 )

@@ -4,6 +4,7 @@
 - `connection`: why an address cannot be reached.
 - `encoding`: tiktoken's encodings, made safe for texts from outside.
 - `download`: files and weights from the network, each fetched once and checked.
+- `models`: published models that come as packages of the index.
 """
 
 from shared.data.corpus import (

@@ -7,17 +7,19 @@
 - `sampling`: processors of logits, top-k to repetition penalties.
 - `beam_search`: the continuations with the best scores.
 - `options`: all settings of a generation as plain, checked values.
+- `conversation`: replies to messages, over one cache that stays.
 """
 
 from shared.generation.beam_search import beam_search
+from shared.generation.conversation import Conversation
 from shared.generation.engine import generate, stream
 from shared.generation.options import GenerationOptions
-from shared.generation.sampling import Temperature, TopP
+from shared.generation.sampling import TopP
 from shared.generation.streaming import generate_text, stream_text
 
 __all__ = [
+    "Conversation",
     "GenerationOptions",
-    "Temperature",
     "TopP",
     "beam_search",
     "generate",

@@ -7,6 +7,7 @@
 - `results`: main figures, recorded for the table of `make run`.
 - `records`: CSV files that grow row by row.
 - `tale_runs`: the training run on tales that sweeps repeat.
+- `chat_panel`: a panel to talk to a model in JupyterLab.
 """
 
 from shared.notebook.plotting import heat_map, label_line, use_style

@@ -6,6 +6,8 @@
 - `simple_tokenizer`: words and punctuation as tokens.
 - `merges`: the two algorithms of byte pair encoding, learning merges and carrying them out.
 - `tokenizer`: byte pair encoding of text, with special tokens, streams and files.
+- `renumbered`: byte pair encoding under other people's ids.
+- `chat_format`: a conversation as tokens.
 - `dataset`: windows, targets, batches, token files larger than memory.
 - `skipgram`: vectors of words learned from their neighbours.
 - `dates`: written dates and their ISO form, the small translation task of chapter 3.

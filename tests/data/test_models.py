@@ -30,7 +30,7 @@ def test_a_file_is_found_in_a_package_that_cannot_be_imported(trial):
 
 def test_a_wrong_checksum_is_an_error(trial):
     (trial / "weights.bin").write_bytes(b"abcd")
-    with pytest.raises(DownloadError, match="trial: wrong checksum .*expected ba78.*found"):
+    with pytest.raises(DownloadError, match=r"trial: wrong checksum .*expected ba78.*found"):
         model_file("trial")
 
 

@@ -338,5 +338,5 @@ def test_tokenizer_json_of_the_hub_gives_the_same_tokenizer(tmp_path):
     ids = [0, 2, tokenizer.special_ids["<|im_end|>"]]
     assert tokenizer.encode("aab<|im_end|>", allowed_special="all") == ids
     path.write_text("[]")
-    with pytest.raises(ValueError, match="is no tokenizer.json of a byte pair encoding"):
+    with pytest.raises(ValueError, match=r"is no tokenizer\.json of a byte pair encoding"):
         tokenizer_from_json(path, PATTERNS["smollm"])
