@@ -33,7 +33,7 @@ class ChatPanel:
         self.line = widgets.Text(placeholder="Say something and press Enter", layout={"width": "100%"})
         self.send = widgets.Button(description="Send", icon="paper-plane", button_style="primary")
         self.stop = widgets.Button(description="Stop", icon="stop", disabled=True)
-        self.clear = widgets.Button(description="New conversation", icon="trash")
+        self.clear = widgets.Button(description="New conversation", icon="trash", layout={"width": "auto"})
         self.send.on_click(lambda _: self.begin(self.line.value))
         self.stop.on_click(lambda _: self.end())
         self.clear.on_click(lambda _: self.forget())
@@ -60,8 +60,13 @@ class ChatPanel:
             self.log.value += f"<p><i>{escape(str(error))}</i></p>"
             return
         self.line.value = ""
-        self.send.disabled, self.stop.disabled = True, False
+        self.writing(True)
         self.task = asyncio.ensure_future(self.write(text, pieces))
+
+    def writing(self, goes_on: bool) -> None:
+        """Let nobody send or begin anew while a reply is being written, and nobody stop what is not."""
+        self.line.disabled = self.send.disabled = self.clear.disabled = goes_on
+        self.stop.disabled = not goes_on
 
     async def write(self, text: str, pieces: Iterator[str]) -> None:
         """Show a reply while it is written; whatever ends it, the panel is ready for the next message."""
@@ -74,7 +79,7 @@ class ChatPanel:
                     await asyncio.sleep(0.001)
         finally:
             self.task = None
-            self.send.disabled, self.stop.disabled = False, True
+            self.writing(False)
             self.show()
 
     def end(self) -> None:
@@ -84,6 +89,5 @@ class ChatPanel:
 
     def forget(self) -> None:
         """Begin a new conversation, with the system message of the old one."""
-        self.end()
         self.conversation.messages = [m for m in self.conversation.messages if m["role"] == "system"]
         self.show()

@@ -29,7 +29,7 @@ from torch import Tensor
 # The types of values: their number in the file -> how `struct` writes them. 8 is a text, 9 a list.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
-DEEPEST = 4  # lists within lists
+DEEPEST = 4  # lists within lists: a forged file could nest them until Python gives up
 
 
 class Cursor:

@@ -30,6 +30,15 @@ from shared.weights.configs import config_from_hf
 from shared.weights.files import empty_model
 from shared.weights.gguf import GGUFFile, read_gguf
 
+
+def gguf_rows(n_rows: int, head_dim: int) -> Tensor:
+    """Return, for each row of a query or key matrix in a Llama's file, which row of ours it is: int64 (n_rows,).
+
+    We turn number i of a head together with number i + head_dim / 2, llama.cpp turns neighbours.
+    """
+    return torch.arange(n_rows).view(-1, 2, head_dim // 2).transpose(1, 2).reshape(-1)
+
+
 # Hugging Face's field -> llama.cpp's, after the architecture and a dot.
 GPT2_FIELDS = {
     "n_positions": "context_length",
@@ -161,14 +170,6 @@ GGUF_NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "blocks.{}.attention.key_norm": _BLOCK + "attn_k_norm",
     },
 }
-
-
-def gguf_rows(n_rows: int, head_dim: int) -> Tensor:
-    """Return, for each row of a query or key matrix in a Llama's file, which row of ours it is: int64 (n_rows,).
-
-    We turn number i of a head together with number i + head_dim / 2, llama.cpp turns neighbours.
-    """
-    return torch.arange(n_rows).view(-1, 2, head_dim // 2).transpose(1, 2).reshape(-1)
 
 
 def gguf_targets(model: GPTModel, architecture: str) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
