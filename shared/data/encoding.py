@@ -7,11 +7,13 @@ Decoding and everything else is tiktoken's.
 """
 
 from collections.abc import Collection
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import regex
 import tiktoken
+
+T = TypeVar("T")
 
 
 class SafeEncoding(tiktoken.Encoding):
@@ -94,6 +96,11 @@ class SafeEncoding(tiktoken.Encoding):
                 raise
             raise ValueError(f"text must be made of tokens of {self.name!r}, got {text[:80]!r}") from None
         return ids
+
+
+def made_safe(encoding: T) -> T | SafeEncoding:
+    """Return a plain encoding of tiktoken as a safe one, and any other tokenizer as it is."""
+    return SafeEncoding.of(encoding) if type(encoding) is tiktoken.Encoding else encoding
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import tracemalloc
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -180,16 +179,12 @@ def test_a_text_on_which_the_tokenizer_fails_is_named(error, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_million_spaces_have_their_tokens_or_one_error_that_names_the_file(workers, tmp_path):
+def test_a_million_spaces_have_their_tokens(workers, tmp_path):
     text = "x" + " " * 1_000_000 + "y"
     (tmp_path / "a.txt").write_text("Once upon a time.")
     (tmp_path / "b.txt").write_text(text)
-    try:
-        found = tokenize([tmp_path], tmp_path / "shards", "tales", workers=workers, job_bytes=1_000_000)
-    except ValueError as error:  # an encoding that is plainly tiktoken's
-        assert re.search(r"b\.txt cannot be tokenized: .* 1,000,002 characters", str(error))
-    else:
-        assert ENCODING.decode(tokens(found.train)) == f"Once upon a time.<|endoftext|>{text}<|endoftext|>"
+    found = tokenize([tmp_path], tmp_path / "shards", "tales", workers=workers, job_bytes=1_000_000)
+    assert ENCODING.decode(tokens(found.train)) == f"Once upon a time.<|endoftext|>{text}<|endoftext|>"
 
 
 def test_other_ends_of_a_worker_are_one_line(texts, tmp_path, monkeypatch):
