@@ -153,25 +153,20 @@ def test_many_files_stay_whole(tmp_path):
     )
 
 
-class PanicException(BaseException):
-    """Stands for pyo3_runtime's class of this name, which cannot be imported."""
-
-
-@pytest.mark.parametrize("error", [PanicException("stack overflow\nin Rust"), ValueError("stack overflow")])
-def test_a_text_on_which_the_tokenizer_fails_is_named(error, tmp_path, monkeypatch):
+def test_a_text_on_which_the_tokenizer_fails_is_named(tmp_path, monkeypatch):
     class Failing:
         def __getattr__(self, name):
             return getattr(ENCODING, name)
 
         def encode_ordinary(self, text):
             if "bad" in text:
-                raise error
+                raise ValueError("no such byte")
             return ENCODING.encode_ordinary(text)
 
     monkeypatch.setattr(text_shards, "load_encoding", lambda _: Failing())
     (tmp_path / "a.txt").write_text("Once upon a time.")
     (tmp_path / "b.txt").write_text("a bad text")
-    with pytest.raises(ValueError, match=r"b\.txt cannot be tokenized: .* 10 characters \(stack overflow\)"):
+    with pytest.raises(ValueError, match=r"b\.txt cannot be tokenized: no such byte"):
         tokenize([tmp_path], tmp_path / "shards", "tales")
     assert tokens(tokenize([tmp_path / "a.txt"], tmp_path / "shards", "tales").train) == expected(
         ["Once upon a time."]
