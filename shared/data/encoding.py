@@ -7,13 +7,11 @@ Decoding and everything else is tiktoken's.
 """
 
 from collections.abc import Collection
-from typing import Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import regex
 import tiktoken
-
-T = TypeVar("T")
 
 
 class SafeEncoding(tiktoken.Encoding):
@@ -64,9 +62,7 @@ class SafeEncoding(tiktoken.Encoding):
         ids = self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
         return np.array(ids, dtype=np.uint32)
 
-    def encode_with_unstable(
-        self, text: str, **special: Collection[str]
-    ) -> tuple[list[int], list[list[int]]]:
+    def encode_with_unstable(self, text: str, **special: Any) -> tuple[list[int], list[list[int]]]:
         """As in `tiktoken.Encoding`; ValueError for a text that its engine cannot cut."""
         try:
             return super().encode_with_unstable(text, **special)
@@ -98,7 +94,7 @@ class SafeEncoding(tiktoken.Encoding):
         return ids
 
 
-def made_safe(encoding: T) -> T | SafeEncoding:
+def made_safe(encoding: Any) -> Any:
     """Return a plain encoding of tiktoken as a safe one, and any other tokenizer as it is."""
     return SafeEncoding.of(encoding) if type(encoding) is tiktoken.Encoding else encoding
 
