@@ -7,7 +7,7 @@ Decoding and everything else is tiktoken's.
 """
 
 from collections.abc import Collection
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import regex
@@ -62,9 +62,7 @@ class SafeEncoding(tiktoken.Encoding):
         ids = self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
         return np.array(ids, dtype=np.uint32)
 
-    def encode_with_unstable(
-        self, text: str, **special: Collection[str]
-    ) -> tuple[list[int], list[list[int]]]:
+    def encode_with_unstable(self, text: str, **special: Any) -> tuple[list[int], list[list[int]]]:
         """As in `tiktoken.Encoding`; ValueError for a text that its engine cannot cut."""
         try:
             return super().encode_with_unstable(text, **special)
@@ -94,6 +92,11 @@ class SafeEncoding(tiktoken.Encoding):
                 raise
             raise ValueError(f"text must be made of tokens of {self.name!r}, got {text[:80]!r}") from None
         return ids
+
+
+def made_safe(encoding: Any) -> Any:
+    """Return a plain encoding of tiktoken as a safe one, and any other tokenizer as it is."""
+    return SafeEncoding.of(encoding) if type(encoding) is tiktoken.Encoding else encoding
 
 
 def _is_panic(error: BaseException) -> bool:

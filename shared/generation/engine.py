@@ -149,8 +149,8 @@ def choose_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tenso
         ValueError: Nothing can be chosen from a row, see `check_largest`.
     """
     if temperature == 0:
-        tokens = logits.argmax(dim=-1)
-        check_largest(logits.gather(-1, tokens[:, None]))
+        largest, tokens = logits.max(dim=-1)
+        check_largest(largest)
         return tokens
     numbers = as_float64(logits)
     largest = numbers.amax(dim=-1, keepdim=True)
@@ -162,7 +162,7 @@ def choose_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tenso
 
 
 def check_largest(largest: Tensor) -> None:
-    """Refuse rows of logits from which nothing can be chosen (ValueError), by the largest logit of each, (rows, 1).
+    """Refuse rows of logits from which nothing can be chosen (ValueError), by the largest logit of each row.
 
     A row holds numbers, and -inf for what must not be chosen; one number at least. Otherwise the model or a processor
     is broken, and the largest logit shows it: it is NaN if there is one, +inf, or -inf where all are.

@@ -95,9 +95,10 @@ def _keep_mass(logits: Tensor, order: Tensor, mass: float) -> Tensor:
     is one of float64: in float32 the rounding of 100,000 terms can move the limit.
     """
     ordered, tokens = order.sort(dim=-1)
-    reached = as_float64(logits).softmax(dim=-1).gather(-1, tokens).cumsum(dim=-1)  # (rows, vocab_size)
+    probabilities = as_float64(logits).softmax(dim=-1)
+    reached = probabilities.gather(-1, tokens.to(probabilities.device)).cumsum(dim=-1)  # (rows, vocab_size)
     last = (reached < mass).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-    too_far = order > ordered.gather(-1, last)
+    too_far = order > ordered.gather(-1, last.to(order.device))
     return logits.masked_fill(too_far.to(logits.device), -math.inf)
 
 
@@ -116,7 +117,7 @@ class TopP:
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         logits = as_float32(logits)
         # A sum that rounds to 1 too early must not cut the tail.
-        return logits if self.p == 1 else _keep_mass(logits, -as_float64(logits), self.p)
+        return logits if self.p == 1 else _keep_mass(logits, -logits, self.p)
 
 
 @dataclass(frozen=True)

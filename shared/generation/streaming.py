@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.checks import require
+from shared.data.encoding import made_safe
 from shared.generation.engine import EngineOptions, Processor, check_ids, stream
 
 
@@ -78,7 +79,7 @@ def stream_text(
     except (KeyError, ValueError):  # there is none
         end = None
     # The prompt as ids, and what ends the text.
-    ids = _encode(encoding, prompt) if isinstance(prompt, str) else prompt
+    ids = made_safe(encoding).encode_ordinary(prompt) if isinstance(prompt, str) else prompt
     ids = check_ids("prompt", ids, model.config.vocab_size)
     if not ids and end is None:
         raise ValueError(
@@ -114,19 +115,6 @@ def generate_text(
         **options,
     )
     return "".join(pieces)
-
-
-def _encode(encoding: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text; ValueError if the tokenizer gives up."""
-    try:
-        return encoding.encode_ordinary(text)
-    except BaseException as error:
-        # tiktoken gives up on, say, a million spaces in a row, with a panic of Rust, which is no Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(
-            f"prompt of {len(text)} characters cannot be encoded by {encoding!r}: {error}"
-        ) from None
 
 
 def forbid_unknown(model: nn.Module, encoding: Tokenizer) -> tuple[Processor, ...]:

@@ -216,6 +216,14 @@ class AdditiveAttention(nn.Module):
 
 
 @torch.no_grad()
+def check_logits(logits: Tensor) -> None:
+    """Refuse logits (B, V) with a row from which no symbol can be chosen: ValueError for NaN, inf or only -inf."""
+    if not logits.amax(dim=1).isfinite().all():
+        raise ValueError(
+            "logits must be numbers or -inf, with at least one number a row; the model is broken"
+        )
+
+
 def greedy_decode(
     model: SequenceModel, source_ids: Tensor, source_mask: Tensor, start_id: int, end_id: int, max_length: int
 ) -> list[list[int]]:
@@ -223,7 +231,7 @@ def greedy_decode(
 
     Inputs and mask are (B, S). An output holds at most `max_length` symbols; start and end are left out. The model
     is used in the mode it is in: call `model.eval()` before. Raises ValueError if `max_length` is below 1 or the
-    model refuses the input.
+    model refuses the input or gives no numbers.
     """
     check_sizes(max_length=max_length)
     state = model.encode(source_ids, source_mask)
@@ -232,6 +240,7 @@ def greedy_decode(
     steps = []
     for _ in range(max_length):
         logits, state = model.decode_step(previous, state)
+        check_logits(logits)
         previous = logits.argmax(dim=1)  # (B,)
         ended |= previous == end_id
         steps.append(previous)  # what follows an end is cut off below
@@ -280,6 +289,7 @@ def beam_decode(
         # One step of the model for all of them together.
         previous = source_ids.new_tensor([h.ids[-1] if h.ids else start_id for h in growing])
         logits, state = model.decode_step(previous, state)
+        check_logits(logits)
         scores = logits.double().log_softmax(dim=1)  # (hypotheses, V)
         scores = scores + scores.new_tensor([h.log_probability for h in growing]).unsqueeze(1)
         # The best continuations of any hypothesis, beside those that have ended (row -1).

@@ -39,7 +39,8 @@ def _files_below(folder: Path, pattern: str) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    fitting, others = [], Counter()
+    fitting: list[Path] = []
+    others: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(parent, name) for name in names if not name.startswith(".")):

@@ -203,7 +203,7 @@ class DocumentRows:
         """Return how many tokens an epoch uses."""
         tokens, left_over = self.lengths.sum(), len(self) % self.sampler.batch_size
         cut = np.maximum(self.lengths - self.context_length, 0)
-        n_cut = np.count_nonzero(cut)
+        n_cut = int(np.count_nonzero(cut))
         last = round(left_over * (tokens - cut.sum()) / len(self))  # of documents of mean length
         lost = {
             f"behind the first {self.context_length:,} tokens of {counted(n_cut, 'document')}": cut.sum(),

@@ -329,21 +329,11 @@ def _decode(piece: bytes, path: str) -> str:
 
 
 def _encode(encoding: tiktoken.Encoding, text: str, path: str) -> list[int]:
-    """Return the token ids of a text; ValueError that names the file if the tokenizer fails.
-
-    tiktoken may panic, as on a million white spaces in a row. A Rust panic is no Exception, and cannot be sent from one
-    process to another.
-    """
+    """Return the token ids of a text; ValueError that names the file if the tokenizer lacks one of its bytes."""
     try:
         return encoding.encode_ordinary(text)
-    except BaseException as error:
-        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
-            raise
-        reason = str(error).partition("\n")[0]
-    raise ValueError(
-        f"{path} cannot be tokenized: tiktoken fails on a piece of {len(text):,} characters ({reason}); is there a "
-        "very long run of one character, such as spaces?"
-    )
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be tokenized: {error}") from None
 
 
 def _write_job(target: Path, number: int, content: dict) -> None:

@@ -304,3 +304,16 @@ def test_additive_attention_in_half_precision_bears_large_vectors_and_scores(dty
     _, expected = exact(query.double(), exact.key(memory.double()), memory.double(), mask)
     assert mean.isfinite().all() and weights[0, 3] == 0
     torch.testing.assert_close(weights.double(), expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_broken_model_does_not_write(broken):
+    model = a_model(4)
+    with torch.no_grad():
+        model.output.weight[3] = broken
+    source = torch.tensor([[3, 4, 5]])
+    mask = torch.ones_like(source, dtype=torch.bool)
+    with pytest.raises(ValueError, match="logits must be numbers or -inf"):
+        greedy_decode(model, source, mask, 1, 2, 5)
+    with pytest.raises(ValueError, match="logits must be numbers or -inf"):
+        beam_decode(model, source, mask, 1, 2, 5, 2)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import tracemalloc
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -154,25 +153,20 @@ def test_many_files_stay_whole(tmp_path):
     )
 
 
-class PanicException(BaseException):
-    """Stands for pyo3_runtime's class of this name, which cannot be imported."""
-
-
-@pytest.mark.parametrize("error", [PanicException("stack overflow\nin Rust"), ValueError("stack overflow")])
-def test_a_text_on_which_the_tokenizer_fails_is_named(error, tmp_path, monkeypatch):
+def test_a_text_on_which_the_tokenizer_fails_is_named(tmp_path, monkeypatch):
     class Failing:
         def __getattr__(self, name):
             return getattr(ENCODING, name)
 
         def encode_ordinary(self, text):
             if "bad" in text:
-                raise error
+                raise ValueError("no such byte")
             return ENCODING.encode_ordinary(text)
 
     monkeypatch.setattr(text_shards, "load_encoding", lambda _: Failing())
     (tmp_path / "a.txt").write_text("Once upon a time.")
     (tmp_path / "b.txt").write_text("a bad text")
-    with pytest.raises(ValueError, match=r"b\.txt cannot be tokenized: .* 10 characters \(stack overflow\)"):
+    with pytest.raises(ValueError, match=r"b\.txt cannot be tokenized: no such byte"):
         tokenize([tmp_path], tmp_path / "shards", "tales")
     assert tokens(tokenize([tmp_path / "a.txt"], tmp_path / "shards", "tales").train) == expected(
         ["Once upon a time."]
@@ -180,16 +174,12 @@ def test_a_text_on_which_the_tokenizer_fails_is_named(error, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_million_spaces_have_their_tokens_or_one_error_that_names_the_file(workers, tmp_path):
+def test_a_million_spaces_have_their_tokens(workers, tmp_path):
     text = "x" + " " * 1_000_000 + "y"
     (tmp_path / "a.txt").write_text("Once upon a time.")
     (tmp_path / "b.txt").write_text(text)
-    try:
-        found = tokenize([tmp_path], tmp_path / "shards", "tales", workers=workers, job_bytes=1_000_000)
-    except ValueError as error:  # an encoding that is plainly tiktoken's
-        assert re.search(r"b\.txt cannot be tokenized: .* 1,000,002 characters", str(error))
-    else:
-        assert ENCODING.decode(tokens(found.train)) == f"Once upon a time.<|endoftext|>{text}<|endoftext|>"
+    found = tokenize([tmp_path], tmp_path / "shards", "tales", workers=workers, job_bytes=1_000_000)
+    assert ENCODING.decode(tokens(found.train)) == f"Once upon a time.<|endoftext|>{text}<|endoftext|>"
 
 
 def test_other_ends_of_a_worker_are_one_line(texts, tmp_path, monkeypatch):
