@@ -21,7 +21,7 @@ import torch
 
 from shared.checks import choose
 from shared.data.corpus import DATA
-from shared.data.download import DownloadError, fetch_model_file, gpt2_encoding
+from shared.data.download import fetch_model_file, gpt2_encoding
 from shared.data.models import has_model, model_file
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.tales.encoding import tale_encoding
@@ -124,7 +124,6 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> BPETokenizer | tikto
     if name.endswith(".gguf"):
         return tokenizer_from_gguf(read_gguf(Path(name).expanduser()))
     repository, commit = choose("name_or_path", name, HUB_REPOSITORIES)
-    try:
+    if has_model(name):
         return tokenizer_from_gguf(read_gguf(model_file(name)))
-    except DownloadError:
-        return tokenizer_from_json(fetch_model_file(repository, "tokenizer.json", commit), PATTERNS["smollm"])
+    return tokenizer_from_json(fetch_model_file(repository, "tokenizer.json", commit), PATTERNS["smollm"])

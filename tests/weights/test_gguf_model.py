@@ -340,3 +340,34 @@ def test_tokenizer_json_of_the_hub_gives_the_same_tokenizer(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"is no tokenizer\.json of a byte pair encoding"):
         tokenizer_from_json(path, PATTERNS["smollm"])
+
+
+def test_where_the_package_is_missing_weights_and_tokenizer_come_from_the_hub(tmp_path, monkeypatch):
+    from shared.model.gpt import GPTModel
+    from shared.text.tokenizer import BPETokenizer
+    from shared.weights import pretrained
+    from shared.weights.huggingface import export_to_hugging_face
+
+    tokenizer = BPETokenizer.train("the cat sat on the mat", 262, ("<|endoftext|>", "<|im_end|>"))
+    config = GPTConfig.preset("tales-tiny", vocab_size=tokenizer.n_vocab, context_length=32, n_kv_heads=2)
+    torch.manual_seed(0)
+    original = GPTModel(config).eval()
+    export_to_hugging_face(original.bfloat16(), tmp_path / "hub", tokenizer)
+    asked = []
+
+    def fetch(repository, name, commit):
+        asked.append((repository, name, commit))
+        return tmp_path / "hub" / name
+
+    monkeypatch.setattr(pretrained, "has_model", lambda name: False)
+    monkeypatch.setattr(pretrained, "fetch_model_file", fetch)
+    model = load_pretrained("smollm2-135m-instruct")
+    assert model.token_embedding.weight.dtype == torch.bfloat16
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids), original(ids))
+    assert load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct").encode("the mat") == tokenizer.encode(
+        "the mat"
+    )
+    assert {(repository, commit) for repository, _, commit in asked} == set(HUB_REPOSITORIES.values())
+    assert [name for _, name, _ in asked] == ["config.json", "model.safetensors", "tokenizer.json"]
