@@ -6,6 +6,7 @@ checks that only one class needs, and whatever looks into a tensor of several nu
 for a GPU.
 """
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 from operator import index
@@ -77,6 +78,15 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
 def check_dropout(dropout: float) -> None:
     """Refuse a probability of dropping a number that is not at least 0 and below 1 (ValueError)."""
     require("dropout", dropout, 0.0 <= dropout < 1.0, "in [0, 1)")
+
+
+def check_path(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a path whose bytes are not UTF-8 (ValueError): JSON and safetensors could not hold or open it."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        shown = repr(os.fspath(path))
+        raise ValueError(f"{name}: this path cannot be used, as its bytes are not UTF-8: {shown}") from None
 
 
 def check_text(name: str, text: str) -> None:

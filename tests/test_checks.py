@@ -3,6 +3,7 @@
 import math
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from shared.checks import (
     check_between,
     check_choice,
     check_dropout,
+    check_path,
     check_several,
     check_sizes,
     check_text,
@@ -165,3 +167,10 @@ def test_a_long_value_is_cut():
     with pytest.raises(TypeError) as raised:
         check_several("texts", "a" * 10_000)
     assert len(str(raised.value)) < 200
+
+
+def test_a_path_that_is_no_utf_8_is_refused():
+    check_path("folder", "plain/ü")
+    check_path("folder", Path("plain"))
+    with pytest.raises(ValueError, match="folder: this path cannot be used, as its bytes are not UTF-8"):
+        check_path("folder", "a\udcffb")

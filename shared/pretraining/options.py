@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shared.checks import check_path
+
 # Written out here, and compared by a test with what they name: torch takes seconds to import, --help and a wrong
 # option should take none.
 PRESETS = (
@@ -286,12 +288,7 @@ def _check_paths(name: str, values: list[object] | list[None]) -> None:
             continue
         if not isinstance(value, str):
             raise ValueError(f"{name} holds {value!r}; str is needed")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{name}: this path cannot be used, as its bytes are not UTF-8: {value!r}"
-            ) from None
+        check_path(name, value)
 
 
 def _assignment(text: str) -> tuple[str, object]:

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from shared.checks import check_path
 from shared.weights.names import unwrap, unwrapped_name
 
 
@@ -189,10 +190,11 @@ def save_checkpoint(
     Raises:
         CheckpointError: It cannot be written (disk full, no permission, a checkpoint of that step exists). What was
             there before is untouched.
-        ValueError: `step` or `keep_last` is too small.
+        ValueError: `step` or `keep_last` is too small, or the bytes of the path are not UTF-8.
         TypeError: The state of an optimizer, or `extra`, holds what cannot be written.
     """
     # Refuse what cannot be, and name what will be written, before there is a file.
+    check_path("folder", folder)
     if step < 0 or (keep_last is not None and keep_last < 1):
         raise ValueError(f"step is {step}, keep_last {keep_last}; at least 0 and at least 1 are needed")
     folder = Path(folder)
@@ -256,7 +258,9 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Raises:
         CheckpointError: A file is missing, unreadable or not the one that was written.
+        ValueError: The bytes of the path are not UTF-8.
     """
+    check_path("path", path)
     path = Path(path)
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from shared.checks import choose
+from shared.checks import check_path, choose
 from shared.model.gpt import GPTConfig, GPTModel
 from shared.weights.names import FAMILIES, huggingface_views, unwrap, unwrapped_name
 
@@ -39,6 +39,7 @@ _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
 def read_header(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return shape and type, such as ((4, 2), "F32"), of each tensor in a file; ValueError if it is damaged."""
+    check_path("path", path)
     try:
         with safe_open(os.fspath(path), "pt") as file:
             entries = {name: file.get_slice(name) for name in sorted(file.keys())}
@@ -219,7 +220,9 @@ def write_folder(
     Raises:
         FileExistsError: The folder holds something else.
         OSError: It cannot be written (disk full, no permission); what was there before is as it was.
+        ValueError: The bytes of the path are not UTF-8.
     """
+    check_path("folder", folder)
     folder = Path(folder).absolute()
     own = {*files, "model.safetensors"} if replace else set()
     # What lies there must be nothing, or what may be replaced.

@@ -25,6 +25,7 @@ from shared.weights.files import (
     read_pieces,
     save_checkpoint_folder,
     stored_dtype,
+    write_folder,
 )
 from shared.weights.huggingface import export_to_hugging_face
 from shared.weights.names import huggingface_views
@@ -405,3 +406,11 @@ def test_a_wrapped_model_is_saved_and_exported_under_its_own_names(kind, alone, 
     save_checkpoint_folder(wrapped, tmp_path / "gathered", state=state)
     found = load_pretrained(tmp_path / "gathered")
     assert all(torch.equal(a, b + 1) for a, b in zip(found.parameters(), model.parameters(), strict=True))
+
+
+def test_a_path_that_is_no_utf_8_is_refused_and_not_called_damaged(tmp_path):
+    with pytest.raises(ValueError, match="this path cannot be used"):
+        read_header(tmp_path / "a\udcffb")
+    with pytest.raises(ValueError, match="this path cannot be used"):
+        write_folder(tmp_path / "a\udcffb", {}, {"w": torch.ones(2)})
+    assert list(tmp_path.iterdir()) == []
