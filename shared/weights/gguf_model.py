@@ -14,7 +14,6 @@ Explained and proven in ch05_pretraining/07_a_real_model.ipynb; written from the
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from shared.text.tokenizer import GPT2_PATTERN, UNICODE_TO_BYTE
 from shared.weights.configs import config_from_hf
 from shared.weights.files import empty_model
 from shared.weights.gguf import GGUFFile, read_gguf
+from shared.weights.names import named_parts
 
 
 def gguf_rows(n_rows: int, head_dim: int) -> Tensor:
@@ -178,24 +178,11 @@ def gguf_targets(model: GPTModel, architecture: str) -> dict[str, list[tuple[Ten
     Several views are the experts of a layer, one for each index of the tensor's first dimension. An order of None
     leaves the rows as they are. Raises ValueError if the architecture has no counterpart of a parameter.
     """
-    names, config = choose("architecture", architecture, GGUF_NAMES), model.config
-    query_rows = config.n_heads * config.actual_head_dim
-    other_rows = (config.n_kv_heads or config.n_heads) * config.actual_head_dim
+    names, head_dim = choose("architecture", architecture, GGUF_NAMES), model.config.actual_head_dim
     targets: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
-    for name, parameter in model.named_parameters():
-        # Their name of this layer, or their three names.
-        layer, _, kind = name.rpartition(".")
-        theirs = names.get(re.sub(r"\.\d+\b", ".{}", layer))
-        if theirs is None:
-            raise ValueError(f"{architecture} has no counterpart of {name}")
-        several = (theirs,) if isinstance(theirs, str) else theirs
-        # The rows of queries, keys and values are tensors of their own there.
-        data, numbers = parameter.detach(), re.findall(r"\d+", name)
-        parts = data.split((query_rows, other_rows, other_rows)) if len(several) == 3 else [data]
-        for other, part in zip(several, parts, strict=True):
-            moved = architecture == "llama" and other.endswith(("attn_q", "attn_k"))
-            order = gguf_rows(len(part), config.actual_head_dim) if moved else None
-            targets.setdefault(f"{other.format(*numbers)}.{kind}", []).append((part, order))
+    for name, part in named_parts(model, names, architecture):
+        moved = architecture == "llama" and (".attn_q." in name or ".attn_k." in name)
+        targets.setdefault(name, []).append((part, gguf_rows(len(part), head_dim) if moved else None))
     return targets
 
 

@@ -14,6 +14,7 @@ from there by `make promote`.
 """
 
 import re
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -82,19 +83,23 @@ FAMILIES: dict[str, dict[str, str | tuple[str, ...]]] = {
 _TRANSPOSED = re.compile(r"transformer\.h\.\d+\.\w+\.c_\w+\.weight")
 
 
-def huggingface_views(model: GPTModel, family: str) -> dict[str, Tensor]:
-    """Return the parameters of `model` as a family has them on disk: name -> view without gradient.
+def named_parts(
+    model: GPTModel, names: Mapping[str, str | tuple[str, ...]], family: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of `model`, without gradient and split as a family has them, under the family's names.
 
-    A view shares memory with our parameter; what is written into it is loaded. A tied output head is left out.
+    Args:
+        model: It may be wrapped.
+        names: Our layer -> theirs, as in `FAMILIES`; of several, our rows are theirs, stacked.
+        family: What the map is called, for errors.
 
     Raises:
-        ValueError: The family is not in `FAMILIES`, or it has no counterpart of one of the parameters.
+        ValueError: The map has no counterpart of one of the parameters.
     """
     model = unwrap(model)
-    names, config = choose("family", family, FAMILIES), model.config
+    config = model.config
     query_rows = config.n_heads * config.actual_head_dim
     other_rows = (config.n_kv_heads or config.n_heads) * config.actual_head_dim
-    views: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         # Their name of this layer, or their three names; the map has {} for the numbers.
         name = unwrapped_name(name)
@@ -104,14 +109,22 @@ def huggingface_views(model: GPTModel, family: str) -> dict[str, Tensor]:
             raise ValueError(f"{family} has no counterpart of {name}")
         several = theirs if isinstance(theirs, tuple) else (theirs,)
         # The rows of queries, keys and values are tensors of their own there.
-        data = parameter.detach()
+        data, numbers = parameter.detach(), re.findall(r"\d+", name)
         parts = data.split((query_rows, other_rows, other_rows)) if len(several) == 3 else [data]
-        # Each part under its full name, turned where they store the transpose.
-        numbers = re.findall(r"\d+", name)
         for other, part in zip(several, parts, strict=True):
-            full = f"{other.format(*numbers)}.{kind}"
-            views[full] = part.T if _TRANSPOSED.fullmatch(full) else part
-    return views
+            yield f"{other.format(*numbers)}.{kind}", part
+
+
+def huggingface_views(model: GPTModel, family: str) -> dict[str, Tensor]:
+    """Return the parameters of `model` as a family has them on disk: name -> view without gradient.
+
+    A view shares memory with our parameter; what is written into it is loaded. A tied output head is left out.
+
+    Raises:
+        ValueError: The family is not in `FAMILIES`, or it has no counterpart of one of the parameters.
+    """
+    parts = named_parts(model, choose("family", family, FAMILIES), family)
+    return {name: part.T if _TRANSPOSED.fullmatch(name) else part for name, part in parts}
 
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
