@@ -1,6 +1,6 @@
 """What the course reads. In reading order:
 
-- `corpus`: the texts that ship with it (stories, messages, reviews, instructions, languages).
+- `corpus`: the texts that ship with it (stories, messages, reviews, instructions, questions, languages).
 - `connection`: why an address cannot be reached.
 - `encoding`: tiktoken's encodings, made safe for texts from outside.
 - `download`: files and weights from the network, each fetched once and checked.

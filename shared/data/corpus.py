@@ -1,4 +1,4 @@
-"""The data that ships with the course: stories, text messages, reviews, instructions, paragraphs in many languages.
+"""The data that ships with the course: stories, text messages, reviews, instructions, questions, many languages.
 
 Everything here was written for this project and is in the public domain (CC0); `shared/data/README.md` describes
 the files. Data from the network is the business of `shared.data.download`.
@@ -55,6 +55,19 @@ class Paragraph:
     text: str
 
 
+@dataclass(frozen=True)
+class Question:
+    """One question with four answers, the index of the only right one (0 to 3), and its category.
+
+    An answer reads on after "Answer:": short, without end punctuation, no capital unless it is a name.
+    """
+
+    question: str
+    answers: tuple[str, str, str, str]
+    correct: int
+    category: str
+
+
 def stories_text() -> str:
     """Return the whole of `stories.txt` as one string (about 100 KB, UTF-8 text with LF line ends)."""
     return (DATA / "stories.txt").read_text(encoding="utf-8")
@@ -86,6 +99,20 @@ def load_instructions(split: str | None = None) -> list[Instruction]:
     """Return instruction entries of one split, or all of them."""
     entries = json.loads((DATA / "instructions.json").read_text(encoding="utf-8"))
     return _of_split([Instruction(**entry) for entry in entries], split)
+
+
+def load_questions(category: str | None = None) -> list[Question]:
+    """Return the general-knowledge questions of one category (`geography`, `history` ...), or all of them.
+
+    Raises:
+        ValueError: No question is of this category.
+    """
+    entries = json.loads((DATA / "questions.json").read_text(encoding="utf-8"))
+    questions = [Question(**{**entry, "answers": tuple(entry["answers"])}) for entry in entries]
+    known = sorted({question.category for question in questions})
+    if category is not None:
+        check_choice("category", category, known)
+    return [question for question in questions if category in (None, question.category)]
 
 
 def load_languages(language: str | None = None) -> list[Paragraph]:

@@ -11,6 +11,7 @@ from shared.data.corpus import (
     SPLITS,
     load_instructions,
     load_languages,
+    load_questions,
     load_reviews,
     load_sms,
     load_stories,
@@ -22,6 +23,7 @@ TEXT_FILES = (
     "sms.tsv",
     "reviews.tsv",
     "instructions.json",
+    "questions.json",
     "languages.tsv",
     "tales_grammar.txt",
 )
@@ -124,6 +126,45 @@ def test_instructions():
     assert near_duplicates(instruction_texts()) == []
 
 
+def share_right(pick):
+    """Return how often the answer whose length `pick` chooses (`max`, `min`) is right; ties count a share."""
+    hits = 0.0
+    for question in load_questions():
+        lengths = [len(answer) for answer in question.answers]
+        hits += (lengths[question.correct] == pick(lengths)) / lengths.count(pick(lengths))
+    return hits / len(load_questions())
+
+
+def content_words(text: str) -> set[str]:
+    """Return the words of a text in lower case, without the small words of grammar."""
+    small = {"a", "an", "and", "by", "her", "in", "is", "it", "of", "on", "than", "that", "the", "they", "to"}
+    return set(re.findall(r"\w+", text.casefold())) - small
+
+
+def test_questions():
+    questions = load_questions()
+    categories = Counter(question.category for question in questions)
+    assert len(questions) == 200 and len(categories) == 10 and set(categories.values()) == {20}
+    assert near_duplicates([question.question for question in questions]) == []
+    for question in questions:
+        assert question.question.endswith("?") and question.question == question.question.strip()
+        assert len(question.answers) == len({answer.casefold() for answer in question.answers}) == 4
+        for answer in question.answers:
+            assert answer == answer.strip() and 1 <= len(answer.split()) <= 5
+            assert not answer.endswith((".", "!", "?", ",", ";"))
+            assert not content_words(answer) & content_words(question.question), (question.question, answer)
+
+
+def test_neither_place_nor_length_gives_an_answer_away():
+    questions = load_questions()
+    assert Counter(question.correct for question in questions) == dict.fromkeys(range(4), 50)
+    for category in {question.category for question in questions}:
+        found = Counter(question.correct for question in load_questions(category))
+        assert found == dict.fromkeys(range(4), 5)
+    assert share_right(max) == pytest.approx(0.25, abs=0.03)
+    assert share_right(min) == pytest.approx(0.25, abs=0.03)
+
+
 def test_languages():
     paragraphs = load_languages()
     assert {p.language for p in paragraphs} == {"en", "de", "ru", "ar", "hi", "zh", "ja", "code"}
@@ -150,3 +191,8 @@ def test_unknown_split_is_an_error(load):
 def test_unknown_language_is_an_error():
     with pytest.raises(ValueError, match=r"language must be one of ar, code, .* got 'xx'"):
         load_languages("xx")
+
+
+def test_unknown_category_is_an_error():
+    with pytest.raises(ValueError, match=r"category must be one of animals and plants, .* got 'sport'"):
+        load_questions("sport")
