@@ -12,7 +12,7 @@ What is timed is writing alone. The clock starts when the first new tokens are c
 reading the prompt comes before it. We do not subtract the time of a text of one token: at batch 32 reading takes as
 long as some twenty steps, and its noise would be counted twice. In our engine and in transformers a processor, called
 before every choice, looks at the clock; for llama.cpp it is the server's own `predicted_ms`, from the same moment to
-the same moment, of the slowest slot. The processor costs some microseconds in a step of milliseconds.
+the same moment, of the slowest slot. The processor costs some ten microseconds of a step of milliseconds.
 
 Each engine has a process of its own for each number of threads. All processes stay, and take turns: a round runs every
 case once, from another first one. Shown are median, least and most of the rounds. All together take about 6 GB.
