@@ -30,8 +30,10 @@ def check_kernel(command: Callable[[], list[str]] = kernel_command, system: str 
         return Finding(
             "kernel", "problem", f"Jupyter finds no kernel python3: {type(error).__name__}", remedy
         )
-    # ipykernel's own kernel says "python" alone, and Jupyter puts the Python that it runs in there.
-    if os.path.dirname(program) and os.path.realpath(program) != os.path.realpath(sys.executable):
+    # ipykernel's own kernel says "python" alone, and Jupyter puts the Python that it runs in there. Links are not
+    # followed: the Pythons of two environments may be links to one program.
+    here = os.path.dirname(sys.executable)
+    if (folder := os.path.dirname(program)) and os.path.normcase(folder) != os.path.normcase(here):
         return Finding("kernel", "problem", "Jupyter's kernel python3 is another Python", remedy)
     return Finding("kernel", "ok", "Jupyter's kernel python3 is this Python")
 

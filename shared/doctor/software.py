@@ -61,13 +61,18 @@ def read_requirements(root: Path = ROOT) -> dict[str, str]:
     lines = (root / "requirements.txt").read_text(encoding="utf-8").splitlines()
     lines += tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     found = (re.match(r"([A-Za-z][\w.-]*)[^#>=]*[>=]=\s*([\w.]+)", line) for line in lines)
-    return {match[1]: match[2] for match in found if match}
+    return {_normal(match[1]): match[2] for match in found if match}
 
 
 def read_pins(root: Path = ROOT) -> dict[str, str]:
     """Return the versions that the course was tested with, from constraints.txt."""
     text = (root / "constraints.txt").read_text(encoding="utf-8")
-    return dict(re.findall(r"^([A-Za-z][\w.-]*)==(\S+)", text, re.M))
+    return {_normal(name): pin for name, pin in re.findall(r"^([A-Za-z][\w.-]*)==(\S+)", text, re.M)}
+
+
+def _normal(name: str) -> str:
+    """Return a package's name as the index compares it: Jinja2 is jinja2, and a_b is a-b."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def installed_version(name: str) -> str | None:

@@ -107,7 +107,7 @@ def stretch(speed: Speed, reference: Speed = REFERENCE, shares: Sequence[float] 
 
     Raises ValueError if the three shares are negative or do not make 1.
     """
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9 or len(shares) != 3:
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise ValueError(f"shares must be three, none negative, together 1, got {shares}")
     ratios = (
         reference.float32 / speed.float32,
@@ -208,16 +208,12 @@ def judge(job: Job, speed: Speed, free: float, efficiency: float = EFFICIENCY) -
 
 
 def in_words(seconds: float) -> str:
-    """Return a time in its largest unit: "35 s", "12 minutes", "3.5 hours", "20 days", "4 years"."""
-    for unit, size, limit in (
-        ("s", 1, 100),
-        ("minutes", 60, 6000),
-        ("hours", 3600, 172800),
-        ("days", 86400, 6.3e7),
-    ):
+    """Return a time in its largest unit: "0.2 s", "12 minutes", "3.5 hours", "20 days", "4 years"."""
+    units = (("s", 1, 100), ("minutes", 60, 6000), ("hours", 3600, 172800), ("days", 86400, 6.3e7))
+    for unit, size, limit in units:
         if seconds < limit:
             amount = seconds / size
-            return f"{amount:.0f} {unit}" if amount >= 10 or unit == "s" else f"{amount:.1f} {unit}"
+            return f"{amount:.0f} {unit}" if amount >= 10 else f"{amount:.{1 if amount >= 1 else 2}f} {unit}"
     return f"{seconds / 31_557_600:.0f} years"
 
 

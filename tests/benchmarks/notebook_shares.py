@@ -5,7 +5,7 @@
 Each notebook is executed once while every operation of torch is counted: the arithmetic of its matrix products, the
 bytes of its large tensors (4 MB or more, which no cache of one core holds) and the operation itself. Divided by the
 speeds of the reference machine they are seconds; with README's time of the notebook, shares of it. What is left over
-is Python, drawing and loading, and goes with the small steps. `shared.notebook.speed.SHARES` is the mean of several.
+is Python, drawing and loading, and goes with the small steps. `shared.doctor.speed.SHARES` is the mean of several.
 
 Not counted: operations outside torch, and what libraries do in threads of their own.
 """
@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 
-from shared.notebook.speed import REFERENCE, readme_times
+from shared.doctor.speed import REFERENCE, readme_times
 from tests.tools import checked_run
 from tests.tools.architecture import ROOT
 
