@@ -30,9 +30,9 @@ def check_python(
     """Python has to be one that the course is tested with, and of 64 bits."""
     found = ".".join(map(str, version[:3])) + (f", {bits} bits" if bits != 64 else "")
     install = {
-        "Windows": "winget install Python.Python.3.12, then: py -3.12 -m venv .venv",
-        "Darwin": "brew install python@3.12, then: make lab PYTHON=python3.12",
-    }.get(system, "sudo apt install python3.12 python3.12-venv, then: make lab PYTHON=python3.12")
+        "Windows": "winget install Python.Python.3.11, then: py -3.11 -m venv .venv",
+        "Darwin": "brew install python@3.11, then: make lab PYTHON=python3.11",
+    }.get(system, "sudo apt install python3.11 python3.11-venv, then: make lab PYTHON=python3.11")
     if tuple(version[:2]) < OLDEST or bits < 64:
         return Finding("Python", "problem", f"{found}; Python 3.11 or newer, 64 bits, is needed", install)
     if tuple(version[:2]) > NEWEST:

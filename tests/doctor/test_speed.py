@@ -57,8 +57,10 @@ def test_the_threads_are_restored_after_a_failure(monkeypatch):
 
 def test_the_median_of_calls():
     calls = []
-    assert median_seconds(lambda: calls.append(1), budget=0.0, least=5) > 0
-    assert len(calls) == 6  # the first does not count
+    assert median_seconds(lambda: calls.append(1), shortest=0.0, runs=5) > 0
+    assert len(calls) == 7  # one that does not count, one that says how many fill a run
+    slow = median_seconds(lambda: time.sleep(0.01), shortest=0.03, runs=3)
+    assert 0.01 <= slow < 0.1
 
 
 def test_the_stretch_by_hand():
@@ -152,6 +154,7 @@ def test_the_sizes_of_the_models_are_those_of_their_layouts():
         n_heads=9,
         n_kv_heads=3,
         n_layers=30,
+        qkv_bias=False,
         bias=False,
         norm="rmsnorm",
         positions="rotary",
