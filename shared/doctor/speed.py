@@ -56,7 +56,7 @@ class Speed:
 # An AMD EPYC server processor, one thread, on a quiet machine: that of the times in README.
 REFERENCE = Speed(1, 100.0, 95.0, 205.0, 205.0, 25.0, 370.0)
 # What products, memory and small steps have in the time of a notebook: tests/benchmarks/notebook_shares.py.
-SHARES = (0.15, 0.05, 0.8)
+SHARES = (0.21, 0.06, 0.73)
 
 
 def median_seconds(function: Callable[[], object], shortest: float = 0.02, runs: int = 7) -> float:

@@ -130,3 +130,13 @@ def test_a_check_that_fails_itself_stops_no_other(monkeypatch):
     assert second.name == "next"
     with pytest.raises(ValueError, match="groups must be of software, machine, files, network, got hardware"):
         examine("hardware")
+
+
+def test_the_notebook_installs_as_the_readme_says():
+    notebook = json.loads((ROOT / "ch01_intro" / "02_setup_check.ipynb").read_text(encoding="utf-8"))
+    prose = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    blocks = re.findall(r"^```\n(.*?)^```", "\n".join(prose), re.M | re.S)
+    commands = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    ours = [line for line in commands if ".venv" in line]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(ours) == 6 and [line for line in ours if line not in readme] == []
