@@ -35,6 +35,7 @@ ROOMS = {
     "compression": True,
     "safety": True,
     "serving": False,
+    "doctor": False,
     "notebook": False,
 }
 PROMOTED_ROOMS = tuple(room for room, promoted in ROOMS.items() if promoted)
