@@ -58,13 +58,13 @@ def anchors(path: Path) -> set[str]:
     return found
 
 
-def fault(path: Path, target: str) -> str:
-    """Return what is wrong with a link of a file, or ""."""
+def fault(path: Path, target: str, root: Path = ROOT) -> str:
+    """Return what is wrong with a link of a file in the repository at `root`, or ""."""
     name, _, anchor = unquote(target).partition("#")
-    there = path if not name else (ROOT / name.lstrip("/") if name.startswith("/") else path.parent / name)
+    there = path if not name else (root / name.lstrip("/") if name.startswith("/") else path.parent / name)
     if not there.exists():
         return "no such file"
-    if not there.resolve().is_relative_to(ROOT.resolve()):
+    if not there.resolve().is_relative_to(root.resolve()):
         return "leads out of the repository"
     if anchor and there.suffix in (".md", ".ipynb") and anchor not in anchors(there):
         return "no such heading"
@@ -98,15 +98,14 @@ def test_what_a_link_is(text, found):
     assert links(text) == found
 
 
-def test_a_broken_link_is_found(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+def test_a_broken_link_is_found(tmp_path):
     (tmp_path / "a.md").write_text(
         "# One `two`: three?\n\n```\n# no heading\n[no](link)\n```\n\n## Again\n\n## Again\n\n[x](b.md)\n",
         encoding="utf-8",
     )
     page = tmp_path / "a.md"
-    assert [fault(page, target) for target in links(prose(page))] == ["no such file"]
+    assert [fault(page, target, tmp_path) for target in links(prose(page))] == ["no such file"]
     for good in ("#one-two-three", "a.md#again-1", "a.md#One-two:-three?", "/a.md", "%61.md"):
-        assert fault(page, good) == ""
-    assert fault(page, "#no-heading") == fault(page, "a.md#again-2") == "no such heading"
-    assert fault(page, "..") == "leads out of the repository"
+        assert fault(page, good, tmp_path) == ""
+    assert fault(page, "#no-heading", tmp_path) == fault(page, "a.md#again-2", tmp_path) == "no such heading"
+    assert fault(page, "..", tmp_path) == "leads out of the repository"
