@@ -5,7 +5,7 @@ READY := .venv/.installed
 TOOLS := .venv/.installed-test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help lab run test promote processors new-notebook refresh clean
+.PHONY: help lab run test promote processors new-notebook refresh student clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ new-notebook: $(TOOLS) ## make a notebook in the house style: NAME=ch06_classifi
 refresh: $(TOOLS) ## rewrite the stored outputs of all notebooks, or of NB=path/to/notebook.ipynb
 	$(BIN)/python -m tests.tools.promote
 	$(BIN)/python -m tests.tools.run_notebooks --write $(NB)
+
+student: $(READY) ## write a copy without solutions, for students, to build/student or OUT=folder
+	$(BIN)/python -m tests.tools.student $(if $(OUT),--out $(OUT))
 
 clean: ## remove the virtual environment and everything that a run left behind
 	rm -rf .venv build llm_in_notebooks.egg-info .ruff_cache .hypothesis

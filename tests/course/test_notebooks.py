@@ -93,23 +93,3 @@ def test_nbval_passes_what_is_right_and_fails_what_is_wrong(tmp_path):
     done = run_nbval(tmp_path, notebook)
     assert "3 failed, 6 passed" in done.stdout
     assert failed_cells(done) == {5, 6, 8}
-
-
-def test_the_readme_lists_every_notebook_and_no_other():
-    listed = re.findall(r"\]\(([\w/]+\.ipynb)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert listed == [path.relative_to(ROOT).as_posix() for path in NOTEBOOKS]
-
-
-def test_relative_links_lead_somewhere():
-    texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("*/README.md")}
-    texts[ROOT / "README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in NOTEBOOKS:
-        cells = nbformat.read(path, as_version=4).cells
-        texts[path] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    links = [
-        (p, link) for p, text in texts.items() for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-    ]
-    local = [(p, link) for p, link in links if not link.startswith(("http", "mailto"))]
-    assert len(local) > 20
-    missing = [(p.relative_to(ROOT).as_posix(), link) for p, link in local if not (p.parent / link).exists()]
-    assert missing == []
