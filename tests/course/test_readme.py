@@ -28,6 +28,8 @@ RECORDED = (
     "DDP and FSDP2, two processes",
     "memory to load GPT-2 small",
     "replies equal to transformers'",
+    "bits per byte, an unseen story",
+    "knowledge, 200 questions",
 )
 SCALES = {"million": 10**6, "billion": 10**9, "千": 10**3, "万": 10**4, "百万": 10**6, "亿": 10**8}
 MONTHS = list(calendar.month_name)[1:]
