@@ -71,10 +71,10 @@ def check_data(root: Path = ROOT) -> Finding:
     )
     paths = [root / "shared" / "data" / name for name in data]
     paths += sorted((root / "shared" / "checkpoints").glob("*/model.safetensors"))
-    found = [f"{path.relative_to(root).as_posix()} {what}" for path in paths if (what := damage(path))]
+    found = {path.relative_to(root).as_posix(): what for path in paths if (what := damage(path))}
     if found:
-        remedy = "delete what is named here, then: git checkout -- shared"
-        return Finding("data", "problem", "; ".join(found), remedy)
+        remedy = f"delete what is named here, then: git checkout -- {' '.join(found)}"
+        return Finding("data", "problem", "; ".join(f"{name} {what}" for name, what in found.items()), remedy)
     return Finding("data", "ok", f"{len(paths)} files, none damaged")
 
 

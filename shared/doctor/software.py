@@ -32,7 +32,10 @@ def check_python(
     install = {
         "Windows": "winget install Python.Python.3.11, then: py -3.11 -m venv .venv",
         "Darwin": "brew install python@3.11, then: make lab PYTHON=python3.11",
-    }.get(system, "sudo apt install python3.11 python3.11-venv, then: make lab PYTHON=python3.11")
+    }.get(
+        system,
+        "sudo apt install python3.11 python3.11-venv (if your system offers it), then: make lab PYTHON=python3.11",
+    )
     if tuple(version[:2]) < OLDEST or bits < 64:
         return Finding("Python", "problem", f"{found}; Python 3.11 or newer, 64 bits, is needed", install)
     if tuple(version[:2]) > NEWEST:

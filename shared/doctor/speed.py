@@ -29,7 +29,7 @@ from shared.doctor.findings import GB, ROOT
 SMALL, LARGE = 256, 1024  # rows and columns of the measured matrices
 BIG = 2**26  # float32 numbers, 268 MB: more than caches hold
 EVENING, MONTH = 5 * 3600, 30 * 86400  # seconds
-EFFICIENCY = 0.39  # of the products' speed in the training of tales-1m: see its config.json
+EFFICIENCY = 0.395  # of the products' speed in the training of tales-1m: see its config.json
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,13 @@ def in_words(seconds: float) -> str:
 
 
 def job_table(speed: Speed, free: float, jobs: Sequence[Job] = JOBS, efficiency: float = EFFICIENCY) -> str:
-    """Return a line for each job: the verdict, the time, the memory."""
+    """Return a line for each job: the verdict, the time (a dash where the memory forbids the job), the memory."""
     lines = []
     for found in (judge(job, speed, free, efficiency) for job in jobs):
-        needed = f"{found.memory / GB:.2g} GB" + (" is not free" if found.memory > free else "")
-        lines.append(f"{found.verdict:5} {found.job.name:47} {in_words(found.seconds):>12}  {needed}")
+        needed, duration = f"{found.memory / GB:.2g} GB", in_words(found.seconds)
+        if found.memory > free:
+            needed, duration = f"{needed} is not free", "-"
+        lines.append(f"{found.verdict:5} {found.job.name:47} {duration:>12}  {needed}")
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ def test_damaged_files(copy, name, change, found):
         path.write_bytes(content)
     finding = files.check_data(copy)
     assert finding.found == f"shared/{name} {found}"
-    assert finding.status == "problem" and finding.remedy.endswith("git checkout -- shared")
+    assert finding.status == "problem" and finding.remedy.endswith(f"git checkout -- shared/{name}")
 
 
 def test_models(monkeypatch):
