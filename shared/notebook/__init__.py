@@ -6,6 +6,7 @@
 - `proof`: ours beside a trusted implementation, in one line.
 - `results`: main figures, recorded for the table of `make run`.
 - `records`: CSV files that grow row by row.
+- `ngrams`: language models that only count, the baseline of learned ones.
 - `tale_runs`: the training run on tales that sweeps repeat.
 - `chat_panel`: a panel to talk to a model in JupyterLab.
 """
