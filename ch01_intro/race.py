@@ -214,6 +214,7 @@ def _replace_one(story, random: Random) -> str | None:
             word
             for word in after.get(left, ())
             if (word, right) in pairs
+            and word != words[i]
             and (left, word, right) not in triples
             and word.isalpha()
             and word.islower()

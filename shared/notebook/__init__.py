@@ -7,6 +7,7 @@
 - `results`: main figures, recorded for the table of `make run`.
 - `records`: CSV files that grow row by row.
 - `ngrams`: language models that only count, the baseline of learned ones.
+- `runners`: small models of earlier eras, for the race of chapter 1.
 - `tale_runs`: the training run on tales that sweeps repeat.
 - `chat_panel`: a panel to talk to a model in JupyterLab.
 """
