@@ -152,7 +152,7 @@ def broken_pairs(kind: str, n: int = N_PAIRS, seed: int = 1) -> list[tuple[str, 
         kind: "order": two neighbouring words changed places. "neighbours": a word is exchanged for one that was seen
             before the word on its right and after the word on its left, but never between the two. "memory": a person
             is mentioned by the name of somebody else, far from every earlier mention.
-        n: Number of pairs.
+        n: Number of pairs, less those whose faulty story turns out to be the right one.
         seed: Of the places and words.
 
     Raises:
@@ -164,8 +164,8 @@ def broken_pairs(kind: str, n: int = N_PAIRS, seed: int = 1) -> list[tuple[str, 
         wrong = spoil(story, random)
         if wrong is not None:
             pairs.append((story.text, wrong))
-        if len(pairs) == n:
-            return pairs
+        if len(pairs) == n:  # a word may have been exchanged for itself, if the right triple was never seen
+            return [(right, wrong) for right, wrong in pairs if right != wrong]
     raise ValueError(f"n must be at most {len(pairs)}, got {n}")
 
 
@@ -214,7 +214,6 @@ def _replace_one(story, random: Random) -> str | None:
             word
             for word in after.get(left, ())
             if (word, right) in pairs
-            and word != words[i]
             and (left, word, right) not in triples
             and word.isalpha()
             and word.islower()
