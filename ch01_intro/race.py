@@ -1,4 +1,4 @@
-"""Let the language models of five eras race over the same texts, and record what came of it.
+"""Let the language models of seven eras race over the same texts, and record what came of it.
 
     python race.py                     everything that the record lacks
     python race.py --runner gru gpt    only some runners
@@ -50,18 +50,21 @@ from shared.weights.pretrained import load_pretrained, load_tokenizer
 HERE = Path(__file__).resolve().parent
 RESULTS, SAMPLES = HERE / "race.csv", HERE / "race_samples.csv"
 COLUMNS = [
-    *(
-        "text",
-        "runner",
-        "role",
-        "seed",
-        "learning_rate",
-        "detail",
-        "parameters",
-        "tokens_read",
-        "cpu_seconds",
-    ),
-    *("bits_per_byte", "order", "neighbours", "memory", "hardware", "torch"),
+    "text",
+    "runner",
+    "role",
+    "seed",
+    "learning_rate",
+    "detail",
+    "parameters",
+    "tokens_read",
+    "cpu_seconds",
+    "bits_per_byte",
+    "order",
+    "neighbours",
+    "memory",
+    "hardware",
+    "torch",
 ]
 KEY = ("text", "runner", "role", "seed", "learning_rate")
 
@@ -69,11 +72,8 @@ SEEDS, CHOICE_SEED, TEST_SEED = (0, 1, 2), 9, 4343
 N_TRAINING, N_TEST, N_PAIRS = 3000, 200, 100  # stories, stories, pairs of stories
 N_LONG = 9064  # stories of the role "long"
 BATCH = 4  # stories of an update
-WINDOW, BYTE_BATCH, BYTE_STEPS = (
-    128,
-    8,
-    400,
-)  # bytes of a row, rows of an update, updates: five times the text
+WINDOW = 128  # bytes of a row
+BYTE_BATCH, BYTE_STEPS = 8, 400  # rows of an update, updates: five times the text
 KINDS = ("order", "neighbours", "memory")
 FAR = 80  # characters between a name and its mention before
 
@@ -123,7 +123,7 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 RUNNERS = ("rules", *COUNTS, *NETWORKS, *SHIPPED, *COMPRESSORS, "smollm2")
 
 
-# --- The tales: stories, and pairs of stories that differ in one place ------------------------------------------------
+# The tales: stories, and pairs of stories that differ in one place
 
 
 @cache
@@ -232,7 +232,7 @@ def _rename(story, random: Random) -> str | None:
     return text[:last] + random.choice(others) + text[last + len(name) :]
 
 
-# --- A runner, once trained, is a function from texts to the bits that each costs -------------------------------------
+# A runner, once trained, is a function from texts to the bits that each costs
 
 Bits = Callable[[Sequence[str]], list[float]]
 
@@ -247,7 +247,6 @@ def tale_ids(text: str) -> list[int]:
     return document_row(text, tale_encoding())[1:]
 
 
-@torch.no_grad()
 def bits_of_network(model: nn.Module) -> Bits:
     """Return the bits of tales under a network."""
 
@@ -282,7 +281,7 @@ def judge(bits: Bits, stories: Sequence) -> dict[str, float]:
     return found
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+# Training
 
 
 def fit(model: nn.Module, batches: Iterable[Batch], rate: float, n_steps: int) -> int:
@@ -342,7 +341,7 @@ def byte_bits(model: nn.Module, data: bytes) -> float:
     return total / math.log(2)
 
 
-# --- The runs ---------------------------------------------------------------------------------------------------------
+# The runs
 
 
 def stories_of(role: str) -> int:
