@@ -30,6 +30,7 @@ RECORDED = (
     "replies equal to transformers'",
     "bits per byte, an unseen story",
     "knowledge, 200 questions",
+    "spam: frozen SmolLM2 against counting",
 )
 SCALES = {"million": 10**6, "billion": 10**9, "千": 10**3, "万": 10**4, "百万": 10**6, "亿": 10**8}
 MONTHS = list(calendar.month_name)[1:]
