@@ -2,6 +2,7 @@
 
 - `models`: a model, its tokenizer and its chat format from a name, a folder or a file.
 - `onnx_runtime`: a model from an ONNX file, computed without torch.
+- `texts`: texts that a model goes on with.
 - `terminal`: what the commands share: input, output, and errors of one line.
 - `exporting`: what `llm export` writes.
 - `chat`: a conversation in a terminal.

@@ -9,7 +9,8 @@ Left out: several lines in one message, and conversations that go on another day
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import cast
 
 from shared.generation.conversation import Conversation
 from shared.serving.terminal import Failure, Interruptible, complain, message_of, write, write_json
@@ -58,19 +59,17 @@ class TerminalChat:
             write(f"{self.name}: say something. /help lists the commands, Ctrl-C stops a reply, Ctrl-D ends.")
         while self.is_open:
             try:
-                line = input(PROMPT if is_terminal else "")
+                self.take(input(PROMPT if is_terminal else "").strip())
             except EOFError:
                 if is_terminal:
                     write("")
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # at the prompt, or a second one within a reply
                 if not is_terminal:
                     raise
-                write("")  # a new prompt below the line that was given up
-                continue
+                write("")  # a new prompt below what was given up
             except UnicodeDecodeError as error:
                 raise Failure(f"standard input must be UTF-8: {error}") from None
-            self.take(line.strip())
 
     def take(self, line: str) -> None:
         """Say a line, or do what it commands; what does not work is said, and the conversation goes on."""
@@ -88,9 +87,9 @@ class TerminalChat:
 
     def say(self, text: str) -> None:
         """Say a text and write the reply; Ctrl-C ends it, and what was said until then is remembered."""
-        pieces = self.conversation.reply(text)
         said = []
         with Interruptible() as keys:
+            pieces = cast(Generator[str, None, None], self.conversation.reply(text))
             for piece in pieces:
                 said.append(piece)
                 if not self.as_json:

@@ -38,7 +38,6 @@ from shared.serving.terminal import (
 )
 
 if TYPE_CHECKING:
-    from shared.generation.options import GenerationOptions
     from shared.serving.models import OpenedModel
 
 app = typer.Typer(
@@ -110,13 +109,6 @@ def opened(model: str, dtype: Dtype | None, tokenizer: str | None, threads: int 
     return open_model(check_utf8("MODEL", model), dtype=dtype and dtype.value, tokenizer=tokenizer)
 
 
-def options_of(n_tokens: int, **options: Any) -> "GenerationOptions":
-    """Return checked options of a generation; a temperature of 0 leaves the cuts out."""
-    from shared.generation.options import GenerationOptions
-
-    return GenerationOptions(max_new_tokens=n_tokens, **options)
-
-
 @app.command()
 @guarded
 def generate(
@@ -144,14 +136,18 @@ def generate(
     llm generate tales-3m --json < prompts.jsonl > texts.jsonl      lines of {"prompt": "..."}
     llm generate tales.onnx "Once upon a time"                      without torch
     """
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options |= {"repetition_penalty": repetition_penalty, "stop_strings": tuple(stop or ())}
     if model.endswith(".onnx"):
         if temperature or repetition_penalty != 1 or stop or dtype or tokenizer:
             raise Failure("an .onnx file takes --max-tokens, --threads and --json only")
-        pieces_of = onnx_pieces(model, max_tokens, threads)
+        from shared.serving.onnx_runtime import OnnxModel
+
+        pieces_of = OnnxModel(check_utf8("MODEL", model), threads).text_writer(max_tokens)
     else:
-        pieces_of = torch_pieces(opened(model, dtype, tokenizer, threads), max_tokens, options)
+        from shared.serving.texts import text_writer
+
+        pieces_of = text_writer(opened(model, dtype, tokenizer, threads), max_tokens, options)
     # One text is written while it is made, lines of JSON one by one.
     if not as_json:
         for piece in pieces_of(read_input() if prompt is None else check_utf8("PROMPT", prompt)):
@@ -160,35 +156,6 @@ def generate(
         return
     for entry in progress(input_texts(prompt, as_json=True, field="prompt"), "texts"):
         write_json(entry | {"text": "".join(pieces_of(entry["prompt"]))})
-
-
-def torch_pieces(found: "OpenedModel", max_tokens: int | None, options: dict[str, Any]) -> Any:
-    """Return a function from a prompt to the pieces of its continuation."""
-    from shared.generation.streaming import stream_text
-
-    encoding, limit = found.needed_tokenizer(), found.model.config.context_length
-    options_of(1, **options)  # errors before the first text
-
-    def pieces_of(prompt: str) -> Any:
-        ids = encoding.encode_ordinary(prompt)
-        n_tokens = max_tokens or max(1, min(128, limit + 1 - max(1, len(ids))))
-        arguments = options_of(n_tokens, **options).text_arguments()
-        return stream_text(found.model, encoding, ids, **arguments)
-
-    return pieces_of
-
-
-def onnx_pieces(path: str, max_tokens: int | None, threads: int | None) -> Any:
-    """Return a function from a prompt to the pieces of its continuation, computed by ONNX Runtime."""
-    from shared.serving.onnx_runtime import OnnxModel
-
-    found = OnnxModel(check_utf8("MODEL", path), threads)
-
-    def pieces_of(prompt: str) -> Any:
-        room = found.config["context_length"] + 1 - max(1, len(found.encode(prompt)))
-        return found.stream_text(prompt, max_tokens or max(1, min(128, room)))
-
-    return pieces_of
 
 
 @app.command()
@@ -215,14 +182,23 @@ def chat(
     llm chat model.gguf --json < questions.txt      a reply for each line
     """
     from shared.generation.conversation import Conversation
+    from shared.generation.options import GenerationOptions
     from shared.serving.chat import TerminalChat
+    from shared.text.tokenizer import BPETokenizer
 
     found = opened(model, dtype, tokenizer, threads)
     words, chat_format = found.needed_tokenizer(), found.chat_format
     if chat_format is None:
         raise Failure(f"{model} was taught no chat format, it only continues texts: llm generate {model}")
-    options = options_of(
-        max_tokens or 256,
+    if (
+        not isinstance(words, BPETokenizer)
+        or not {chat_format.start, chat_format.end} <= words.special_ids.keys()
+    ):
+        raise Failure(
+            f"the tokenizer must have {chat_format.start} and {chat_format.end}, which begin and end a turn"
+        )
+    options = GenerationOptions(
+        max_new_tokens=max_tokens or 256,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

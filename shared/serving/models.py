@@ -180,7 +180,7 @@ def describe(name: str) -> dict[str, Any]:
         "norm": config.norm,
         "positions": config.positions,
         "tied head": config.tie_weights,
-        "tokenizer": found.tokenizer_missing or f"{found.tokenizer.n_vocab} tokens",
+        "tokenizer": found.tokenizer_missing or f"{found.needed_tokenizer().n_vocab} tokens",
         "chat": "none" if found.chat_format is None else "ChatML",
     }
     if name.endswith(".gguf"):

@@ -9,7 +9,7 @@ slide.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,19 @@ class OnnxModel:
     def stream_text(self, prompt: str, max_new_tokens: int) -> Iterator[str]:
         """Yield the continuation of a text in pieces, until a stop token; an empty text is begun by one."""
         ids = self.encode(prompt) or self.stop_tokens[:1]
-        decoder = DecodeStream(skip_special_tokens=True)
+        tokenizer, decoder = self.tokenizer, DecodeStream(skip_special_tokens=True)
+        assert tokenizer is not None  # else it could not have encoded
         for (token,) in self.steps([ids], max_new_tokens):
             if token in self.stop_tokens:
                 return
-            if piece := decoder.step(self.tokenizer, token):
+            if piece := decoder.step(tokenizer, token):
                 yield piece
+
+    def text_writer(self, max_tokens: int | None) -> Callable[[str], Iterator[str]]:
+        """Return a function as that of `shared.serving.texts`, with its limit of tokens."""
+
+        def pieces_of(prompt: str) -> Iterator[str]:
+            room = self.config["context_length"] + 1 - max(1, len(self.encode(prompt)))
+            return self.stream_text(prompt, max_tokens or max(1, min(128, room)))
+
+        return pieces_of

@@ -167,7 +167,7 @@ def progress(items: Iterable[T], what: str) -> Iterable[T]:
 
 
 class Interruptible:
-    """Inside this context Ctrl-C sets `stopped`, and only a second one ends the program."""
+    """Inside this context Ctrl-C sets `stopped`; only a second one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.stopped = False
