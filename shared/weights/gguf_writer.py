@@ -1,7 +1,4 @@
-"""Models written as GGUF files.
-
-Explained and proven in deployment/02_export_and_local.ipynb; written from there by `make promote`.
-"""
+"""Explained and proven in deployment/02_export_and_local.ipynb; written from there by `make promote`."""
 
 import math
 import os
@@ -78,19 +75,6 @@ def check_range(kind: str, numbers: np.ndarray) -> None:
         raise ValueError(f"numbers must be at most {allowed:g} for {kind}, got {largest}")
 
 
-def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """Return how a tensor is stored in a file of this kind.
-
-    Vectors, learned positions and the router of experts stay F32. In a file of four bits the embedding and the head
-    have eight. A row that is no whole block makes its matrix F16.
-    """
-    if len(shape) == 1 or name.startswith("position_embd") or "ffn_gate_inp" in name:
-        return "F32"
-    if kind == "Q4_0" and name.startswith(("token_embd", "output.")):
-        kind = "Q8_0"
-    return kind if shape[-1] % BLOCKS[kind][0] == 0 else "F16"
-
-
 def gguf_values(config: GPTConfig) -> tuple[str, dict[str, object]]:
     """Return the architecture and the values, without its name in front, with which llama.cpp computes the same.
 
@@ -128,6 +112,26 @@ def rotary_divisors(config: GPTConfig) -> np.ndarray | None:
     head_dim, base = config.actual_head_dim, config.rope_base
     scaled, _ = scaled_rotary_frequencies("llama3", head_dim, base, config.rope_factor, length)
     return (rotary_inverse_frequencies(head_dim, base) / scaled).float().numpy()
+
+
+def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Return how a tensor is stored in a file of this kind.
+
+    Vectors, learned positions and the router of experts stay F32. In a file of four bits the embedding and the head
+    have eight. A row that is no whole block makes its matrix F16.
+    """
+    if len(shape) == 1 or name.startswith("position_embd") or "ffn_gate_inp" in name:
+        return "F32"
+    if kind == "Q4_0" and name.startswith(("token_embd", "output.")):
+        kind = "Q8_0"
+    return kind if shape[-1] % BLOCKS[kind][0] == 0 else "F16"
+
+
+def ordered_rows(views: list[tuple[Tensor, Tensor | None]]) -> Iterator[np.ndarray]:
+    """Yield the views of `gguf_targets` as float32 arrays, their rows in the order of the file."""
+    for view, order in views:
+        rows = view if order is None else view[order]
+        yield rows.float().cpu().numpy()
 
 
 def add_tokenizer(
@@ -258,10 +262,3 @@ def write_gguf(
         finally:
             writer.close()
     return kinds
-
-
-def ordered_rows(views: list[tuple[Tensor, Tensor | None]]) -> Iterator[np.ndarray]:
-    """Yield the views of `gguf_targets` as float32 arrays, their rows in the order of the file."""
-    for view, order in views:
-        rows = view if order is None else view[order]
-        yield rows.float().cpu().numpy()

@@ -1,7 +1,4 @@
-"""Models written as ONNX graphs.
-
-Explained and proven in deployment/02_export_and_local.ipynb; written from there by `make promote`.
-"""
+"""Explained and proven in deployment/02_export_and_local.ipynb; written from there by `make promote`."""
 
 import copy
 import json
@@ -20,11 +17,6 @@ from shared.generation.engine import evaluating
 from shared.model.gpt import GPTModel
 from shared.weights.files import new_file
 from shared.weights.names import unwrap
-
-OPSET = 18  # a version of ONNX's list of operations that runtimes of the last years know
-
-
-LARGEST_FILE = 1_900_000_000  # bytes of weights; the format ends at 2 GB
 
 
 class GrownCache:
@@ -122,6 +114,24 @@ def graph_names(n_layers: int) -> tuple[list[str], list[str]]:
     return inputs, ["logits", *(f"present.{pair}" for pair in pairs)]
 
 
+OPSET = 18  # a version of ONNX's list of operations that runtimes of the last years know
+LARGEST_FILE = 1_900_000_000  # bytes of weights; the format ends at 2 GB
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's remarks, such as those about packages that it does not need, from the screen."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def export_to_onnx(model: GPTModel, path: str | os.PathLike[str], **details: str) -> None:
     """Write a model as ONNX: tokens, mask, positions and cache go in, logits and the grown cache come out.
 
@@ -159,17 +169,3 @@ def export_to_onnx(model: GPTModel, path: str | os.PathLike[str], **details: str
         stored = {"config": json.dumps(asdict(model.config)), **details}
         program.model.metadata_props.update(stored)
         program.save(part, external_data=False)
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's remarks about its own inside, such as packages that it does not need, from the screen."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
