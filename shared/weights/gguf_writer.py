@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import gguf
 import numpy as np
@@ -187,6 +187,27 @@ def add_tokenizer(
         writer.add_chat_template(chat_template(chat))
 
 
+def add_values(writer: GGUFWriter, name: str, kind: str, values: Mapping[str, object]) -> None:
+    """Write what the model is called, how it is stored, and the values of `gguf_values`."""
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for field, value in values.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{writer.arch}.{field}", value)
+
+
+def add_entry(writer: GGUFWriter, name: str, views: list[tuple[Tensor, Tensor | None]], kind: str) -> str:
+    """Write a line of the table, name, shape, kind and size of a tensor; return its kind."""
+    shape = tuple(views[0][0].shape)
+    shape = (len(views), *shape) if "_exps." in name else shape
+    stored = kind_of(name, shape, kind)
+    numbers, n_bytes = BLOCKS[stored]
+    size = math.prod(shape) // numbers * n_bytes
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), size, GGMLQuantizationType[stored])
+    return stored
+
+
 def write_gguf(
     model: GPTModel,
     path: str | os.PathLike[str],
@@ -227,26 +248,13 @@ def write_gguf(
     with new_file(path) as part:
         writer = GGUFWriter(part, architecture)
         try:
-            # The values: sizes, then the tokenizer.
-            writer.add_name(name)
-            writer.add_file_type(FILE_TYPES[kind])
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            for field, value in values.items():
-                add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-                add(f"{architecture}.{field}", value)
+            # Values and table.
+            add_values(writer, name, kind, values)
             if tokenizer is None:
                 writer.add_tokenizer_model("none")
             else:
                 add_tokenizer(writer, tokenizer, model.config.vocab_size, chat_format)
-            # The table: name, shape, kind and size of each tensor.
-            kinds = {}
-            for tensor, views in targets.items():
-                shape = tuple(views[0][0].shape)
-                shape = (len(views), *shape) if "_exps." in tensor else shape
-                kinds[tensor] = kind_of(tensor, shape, kind)
-                numbers, n_bytes = BLOCKS[kinds[tensor]]
-                size, stored = math.prod(shape) // numbers * n_bytes, GGMLQuantizationType[kinds[tensor]]
-                writer.add_tensor_info(tensor, shape, np.dtype(np.float32), size, stored)
+            kinds = {tensor: add_entry(writer, tensor, views, kind) for tensor, views in targets.items()}
             if divisors is not None:
                 kinds["rope_freqs.weight"] = "F32"
                 writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
