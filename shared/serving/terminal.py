@@ -45,13 +45,23 @@ def message_of(error: BaseException) -> str:
     """Return what went wrong in a line."""
     if isinstance(error, BrokenPipeError):
         return "whoever read the output has closed it; the rest was not written"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and is_full(error):
         return f"no space left on the device{f': {error.filename}' if error.filename else ''}"
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "not enough memory for this model; try --dtype bfloat16 or a smaller one"
     if isinstance(error, Failure | ValueError | TypeError | OSError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether a disk is full, as the system, safetensors and numpy say it."""
+    said = str(error)
+    return (
+        error.errno == errno.ENOSPC
+        or "No space left" in said
+        or (" requested and " in said and "written" in said)
+    )
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

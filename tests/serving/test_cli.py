@@ -234,6 +234,35 @@ def test_a_full_disk_leaves_nothing(llm, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("model cannot be written: I/O error: No space left on device (os error 28)"),  # safetensors
+        OSError("39168 requested and 15936 written"),  # numpy
+    ],
+)
+def test_a_full_disk_is_recognised(error):
+    assert terminal.message_of(error) == "no space left on the device"
+    assert terminal.message_of(OSError(errno.EACCES, "Permission denied")) == "[Errno 13] Permission denied"
+
+
+@pytest.mark.posix
+def test_a_real_disk_that_is_full(tmp_path):
+    """A file system of 1 MB, where the machine lets us make one."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True
+    ).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        for to in ("gguf", "hf"):
+            done = program("export", "tales-3m", tmp_path / f"tales.{to}", "--to", to, text=True)
+            assert done.returncode == 1 and done.stderr == "llm: no space left on the device\n"
+            assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
 def test_rows_that_stay_f16_are_said(llm, tmp_path):
     status, _, said = llm("export", "tales-1m", tmp_path / "tales.gguf", "--to", "gguf", "--type", "Q4_0")
     assert status == 0 and "4 matrices have rows that are no multiple of 32 and stay F16" in said
