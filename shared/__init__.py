@@ -8,6 +8,7 @@
 - `weights`: trained weights in and out.
 - `training`: loss, loop, optimizers, schedules, checkpoints of a run, diagnosis.
 - `pretraining`: the machinery of `ch05_pretraining/pretrain.py`.
+- `serving`: the program `llm`: models in a terminal.
 - `doctor`: will the course run on this machine, and how fast? `python -m shared.doctor`.
 - `notebook`: figures, proofs and records, for notebooks and scripts alone.
 

@@ -7,9 +7,11 @@ Left out: other formats than ChatML, tools, and thinking.
 
 Follows the chat templates of transformers: Jinja in a sandbox, with `trim_blocks` and `lstrip_blocks`.
 
-Explained and proven in ch05_pretraining/07_a_real_model.ipynb; written from there by `make promote`.
+Explained and proven in ch05_pretraining/07_a_real_model.ipynb and deployment/02_export_and_local.ipynb;
+written from there by `make promote`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -122,3 +124,19 @@ def chat_format_of(template: str) -> ChatFormat:
     if ours != written:
         raise ValueError(f"the chat template must write ChatML, got {written[-1]!r:.200}")
     return found
+
+
+def chat_template(chat_format: ChatFormat) -> str:
+    """Return the Jinja template that writes what a format writes: the other direction of `chat_format_of`."""
+    quoted = lambda text: json.dumps(text, ensure_ascii=False)
+    start, end = quoted(chat_format.start), quoted(chat_format.end + "\n")
+    template = (
+        "{% for message in messages %}"
+        f'{{{{ {start} + message["role"] + "\\n" + message["content"] + {end} }}}}'
+        "{% endfor %}"
+        f'{{% if add_generation_prompt %}}{{{{ {start} + "assistant\\n" }}}}{{% endif %}}'
+    )
+    if chat_format.default_system is None:
+        return template
+    system = quoted(f"{chat_format.start}system\n{chat_format.default_system}{chat_format.end}\n")
+    return f'{{% if messages[0]["role"] != "system" %}}{{{{ {system} }}}}{{% endif %}}{template}'

@@ -7,6 +7,8 @@
 - `gguf_model`: from a GGUF file to a model and its tokenizer.
 - `pretrained`: trained models and their tokenizers from a name, a folder or a file.
 - `huggingface`: our models and tokenizers as folders that transformers loads.
+- `gguf_writer`: our models as GGUF files.
+- `onnx`: our models as ONNX graphs.
 """
 
 from shared.weights.files import save_checkpoint_folder

@@ -8,8 +8,8 @@ model in several files; they are read.
 
 Follows the safetensors format of Hugging Face: a header in JSON, then the numbers.
 
-Explained and proven in ch04_gpt/05_modern_variants.ipynb and ch05_pretraining/06_pretrained_weights.ipynb;
-written from there by `make promote`.
+Explained and proven in ch04_gpt/05_modern_variants.ipynb and ch05_pretraining/06_pretrained_weights.ipynb and
+deployment/02_export_and_local.ipynb; written from there by `make promote`.
 """
 
 import json
@@ -19,6 +19,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -275,3 +276,25 @@ def to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden path to write to; the file gets its name when the block ends well, complete and on the disk.
+
+    Raises:
+        FileExistsError: Something has the name already.
+        OSError: It cannot be written (disk full, no permission); nothing is left of it.
+        ValueError: The bytes of the path are not UTF-8.
+    """
+    check_path("path", path)
+    path = Path(path).expanduser().absolute()
+    if path.exists():
+        raise FileExistsError(f"path must be new, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as hidden:
+        part = Path(hidden, path.name)
+        yield part
+        to_disk(part)
+        part.rename(path)
+        to_disk(path.parent)

@@ -21,6 +21,7 @@ from shared.model.gpt import GPTConfig, GPTModel
 from shared.weights.configs import config_from_hf
 from shared.weights.files import (
     load_safetensors,
+    new_file,
     read_header,
     read_pieces,
     save_checkpoint_folder,
@@ -414,3 +415,27 @@ def test_a_path_that_is_no_utf_8_is_refused_and_not_called_damaged(tmp_path):
     with pytest.raises(ValueError, match="this path cannot be used"):
         write_folder(tmp_path / "a\udcffb", {}, {"w": torch.ones(2)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_file_appears_when_it_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "inner" / "file.bin"
+    with new_file(path) as part:
+        part.write_bytes(b"all of it")
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it"
+    # What fails, in the block or behind it, leaves nothing of the file and nothing beside it.
+    other = tmp_path / "inner" / "other.bin"
+    with pytest.raises(ValueError, match="broken"), new_file(other) as part:
+        part.write_bytes(b"half")
+        raise ValueError("broken")
+    monkeypatch.setattr(
+        shared.weights.files, "to_disk", lambda place: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"), new_file(other) as part:
+        part.write_bytes(b"all")
+    monkeypatch.undo()
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(FileExistsError, match="path must be new"), new_file(path):
+        raise AssertionError("the block must not run")
+    with pytest.raises(ValueError, match="not UTF-8"), new_file("bad\udcff"):
+        raise AssertionError("the block must not run")
