@@ -1,4 +1,17 @@
-"""Explained and proven in ch06_classification/01_spam.ipynb; written from there by `make promote`."""
+"""Texts to labels with probabilities: heads on frozen features, calibrated, with thresholds by cost, saved
+and loaded.
+
+`load_classifier("spam")` is the filter of chapter 6; `train_classifier` makes one from texts and labels
+of your own. Saved is the head with the name of its base and the hash of the base's weights; a body that
+was trained is saved whole.
+
+Left out: texts longer than the model's context (they are cut, with a warning), several labels for one
+text, and thresholds inside the classifier: choose one by `best_threshold`, for what mistakes cost you.
+
+Follows Guo et al. (2017, "On Calibration of Modern Neural Networks") for the temperature.
+
+Explained and proven in ch06_classification/01_spam.ipynb; written from there by `make promote`.
+"""
 
 import csv
 import json
@@ -27,7 +40,7 @@ from shared.weights.pretrained import CHECKPOINTS, load_pretrained, load_tokeniz
 
 
 def encode_texts(
-    encoding: Tokenizer, texts: Iterable[str], context_length: int, prefix: Sequence[int] = ()
+    encoding: Tokenizer, texts: Iterable[str], context_length: int
 ) -> tuple[list[list[int]], int]:
     """Return each text as a row of ids, cut to `context_length`, and how many had to be cut.
 
@@ -40,7 +53,7 @@ def encode_texts(
     for place, text in enumerate(texts):
         check_text(f"texts[{place}]", text)
         require(f"texts[{place}]", text[:40], bool(text.strip()), "a text that is not empty")
-        ids = [*prefix, *encoding.encode_ordinary(text)]
+        ids = encoding.encode_ordinary(text)
         n_cut += len(ids) > context_length
         rows.append(ids[:context_length])
     return rows, n_cut

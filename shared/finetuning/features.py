@@ -1,4 +1,18 @@
-"""Explained and proven in ch06_classification/01_spam.ipynb; written from there by `make promote`."""
+"""What a frozen language model computes of texts, computed once: hidden states, pooled features, and a cache
+on the disk.
+
+Rows of ids are padded on the right and pooled by their mask, so a text has the same features alone and in
+any batch. A model can be cut into a lower and an upper part that share its weights. A file of the cache
+is named after everything that its numbers depend on; it appears whole or not at all.
+
+Left out: several processes that share one cache at a time without losing each other's rows, features of
+more than one layer at once, and models other than `GPTModel`.
+
+Follows the feature-based use of language models in Devlin et al. (2019, "BERT: Pre-training of Deep
+Bidirectional Transformers for Language Understanding").
+
+Explained and proven in ch06_classification/01_spam.ipynb; written from there by `make promote`.
+"""
 
 import copy
 import hashlib

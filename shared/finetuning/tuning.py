@@ -1,4 +1,17 @@
-"""Explained and proven in ch06_classification/01_spam.ipynb; written from there by `make promote`."""
+"""A GPT with a classification head in place of its output head, and its training in part or whole.
+
+`GPTClassifier` takes rows of ids, or the cached states of a frozen lower part, with a mask. `fine_tune`
+is the one training loop of `shared.training.loop` with early stopping. `prompted_logits` asks a model in
+words instead, and reads a shared prompt once.
+
+Left out: several labels for one text, weights for rare labels, and training on several machines.
+
+Follows Radford et al. (2018, "Improving Language Understanding by Generative Pre-Training") for the head
+on a language model, and Howard and Ruder (2018, "Universal Language Model Fine-tuning for Text
+Classification") for learning rates by layer.
+
+Explained and proven in ch06_classification/01_spam.ipynb; written from there by `make promote`.
+"""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,15 @@
-"""Explained and proven in deployment/02_export_and_local.ipynb; written from there by `make promote`."""
+"""GGUF files of our models: numbers packed in blocks, values, tokenizer and chat template.
+
+`encode_blocks` packs, `write_gguf` writes a file. What llama.cpp would compute otherwise than we do is
+refused. `shared.weights.gguf` and `shared.weights.gguf_model` read the files back.
+
+Left out: other kinds than F32, F16, Q8_0 and Q4_0, models in several files, windows, and architectures
+other than `gpt2`, `llama` (Llama, Mistral, Mixtral) and `qwen3`.
+
+Follows llama.cpp's `convert_hf_to_gguf.py` and its package `gguf`, whose bits it writes.
+
+Explained and proven in deployment/02_export_and_local.ipynb; written from there by `make promote`.
+"""
 
 import math
 import os

@@ -1,4 +1,14 @@
-"""Explained and proven in deployment/02_export_and_local.ipynb; written from there by `make promote`."""
+"""Models as ONNX graphs: tokens, mask, positions and cache come in, logits and the grown cache go out.
+
+`CacheOutside` is the model without memory, `trace_decoder` its graph for `torch.export`, `export_to_onnx`
+the file. `shared.serving.onnx_runtime` runs it without torch.
+
+Left out: packed numbers, files above 2 GB, and graphs that choose the next token themselves.
+
+Follows the names of inputs and outputs in the files of Hugging Face's Optimum.
+
+Explained and proven in deployment/02_export_and_local.ipynb; written from there by `make promote`.
+"""
 
 import copy
 import json

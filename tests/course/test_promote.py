@@ -240,3 +240,8 @@ def test_variables_of_comprehensions_are_no_global_names(tmp_path):
     )
     course(tmp_path, ("code", source, "text/cleaning"))
     assert "import" not in collect(tmp_path)["text/cleaning"].split('"""')[2]
+
+
+def test_every_module_of_the_course_is_described():
+    start = '"""Explained and proven'  # what comes first where a notebook has no description
+    assert [name for name, text in collect().items() if text.startswith(start)] == []
