@@ -182,6 +182,14 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return math.exp((low + high) / 2)
 
 
+def _encode_and_say(encoding: Tokenizer, texts: Sequence[str], context_length: int) -> list[list[int]]:
+    """Return the rows of `encode_texts`; a warning says how many texts were cut."""
+    rows, n_cut = encode_texts(encoding, texts, context_length)
+    if n_cut:
+        warnings.warn(f"{n_cut} of {len(rows)} texts were cut to {context_length} tokens", stacklevel=3)
+    return rows
+
+
 @dataclass
 class TextClassifier:
     """Texts in, labels and their probabilities out: a model, its tokenizer, a head and a temperature.
@@ -222,10 +230,7 @@ class TextClassifier:
         A text that is longer than the model's context is cut, with a warning that counts them. Raises ValueError if a
         text is empty, TypeError if `texts` is a single one.
         """
-        rows, n_cut = encode_texts(self.encoding, texts, self.body.config.context_length)
-        if n_cut:
-            limit = self.body.config.context_length
-            warnings.warn(f"{n_cut} of {len(rows)} texts were cut to {limit} tokens", stacklevel=2)
+        rows = _encode_and_say(self.encoding, texts, self.body.config.context_length)
         if not rows:
             return torch.empty(0, len(self.labels))
         classifier = GPTClassifier(self.body, len(self.labels), self.pooling)
@@ -319,7 +324,7 @@ def train_classifier(
     by `seed`; the head itself is then fitted to all texts.
 
     Args:
-        texts: At least five for each label; longer ones than the model's context are cut.
+        texts: At least five for each label; longer ones than the model's context are cut, with a warning.
         labels: One for each text, of at least two kinds.
         base: A name for `load_pretrained`.
         n_blocks: How many of its blocks a text goes through.
@@ -339,7 +344,7 @@ def train_classifier(
     names = tuple(sorted(found))
     # What the frozen model makes of the texts, once.
     model, encoding = load_pretrained(base, dtype=torch.float32), load_tokenizer(base)
-    rows, _ = encode_texts(encoding, texts, model.config.context_length)
+    rows = _encode_and_say(encoding, texts, model.config.context_length)
     features = cached_features(model, rows, n_blocks, pooling)
     targets = torch.tensor([names.index(label) for label in labels])
     # The temperature, from heads that have not seen what they judge: five times another fifth is left out.

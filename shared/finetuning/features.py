@@ -188,10 +188,11 @@ def features_of(model: GPTModel, n_blocks: int, pooling: str) -> dict[str, str]:
 
 
 def computed_by() -> dict[str, str]:
-    """Return what may change the last digits of a feature: the model's code, torch, and the order of sums."""
+    """Return what else may change a feature: the code of model and pooling, torch, and the order of sums."""
     code = hashlib.sha256()
-    for name in sorted(Path(sys.modules[GPTModel.__module__].__file__).parent.glob("*.py")):
-        code.update(name.read_bytes())
+    room = Path(sys.modules[GPTModel.__module__].__file__).parent
+    for path in (*sorted(room.glob("*.py")), room.parent / "finetuning" / "features.py"):
+        code.update(path.read_bytes())
     return {
         "code": code.hexdigest(),
         "torch": torch.__version__,

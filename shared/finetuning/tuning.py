@@ -175,10 +175,14 @@ def fine_tune(
     learning rates rise over `n_warmup` steps and then sink in a straight line to zero at the end of the last epoch.
 
     Raises:
-        ValueError: As `train` and `label_batches` do, or a number is out of range.
+        ValueError: As `train` and `label_batches` do, a number is out of range, or the head has no such label.
     """
     for name, value in (("n_epochs", n_epochs), ("patience", patience), ("batch_size", batch_size)):
         whole_number(name, value)
+    n_labels = classifier.head.out_features
+    for name, labels in (("targets", targets), ("validation targets", validation[1])):
+        wrong = sorted({int(label) for label in labels} - set(range(n_labels)))
+        require(name, wrong, not wrong, f"labels from 0 to {n_labels - 1}, as the head has them")
     n_steps = n_epochs * math.ceil(len(rows) / batch_size)
     validation_targets = torch.as_tensor(validation[1])
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]

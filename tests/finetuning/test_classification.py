@@ -270,6 +270,11 @@ def test_training_data_that_teach_nothing(texts, labels, message):
         train_classifier(texts, labels, base="tales-tiny", n_blocks=2)
 
 
+def test_training_says_how_many_texts_were_cut():
+    with pytest.warns(UserWarning, match="1 of 12 texts were cut to 256 tokens"):
+        train_classifier([*TEXTS[:-1], TEXTS[-1] * 100], LABELS, base="tales-tiny", n_blocks=2)
+
+
 def test_one_text_is_not_several():
     with pytest.raises(TypeError, match="texts must be several texts"):
         train_classifier("hello", ["a"])

@@ -195,6 +195,19 @@ def test_numbers_that_make_no_training(bad):
         )
 
 
+@pytest.mark.parametrize(("place", "name"), [(0, "targets"), (1, "validation targets")])
+def test_labels_that_the_head_does_not_have(place, name):
+    model = classifier()
+    rows, targets = task(8, 0)
+    both = [targets, targets]
+    both[place] = [*targets[:-1], 2]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be labels from 0 to 1, as the head has them, got \[2\]"
+    ):
+        fine_tune(model, rows, both[0], (rows, both[1]), optimizer, n_epochs=1)
+
+
 @torch.no_grad()
 def test_the_upper_part_on_cached_states_is_the_whole_classifier():
     model = classifier("last")
