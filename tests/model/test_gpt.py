@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import gc
 import io
 import json
 import math
@@ -45,6 +44,7 @@ from shared.model.gpt import (
 from shared.model.layers import LayerNorm, RMSNorm, balance_loss
 from shared.weights.names import huggingface_views
 from tests.configurations import LLAMA
+from tests.weights.models import process_group
 
 SMALL = {"vocab_size": 50, "context_length": 16, "emb_dim": 24, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
 
@@ -553,22 +553,20 @@ def test_an_untied_head_and_a_head_of_another_kind_stay_what_they_are():
     assert not list(model.float().output_head.parameters())
 
 
+@pytest.fixture(scope="module")
+def alone():
+    with process_group():
+        yield
+
+
 @torch.no_grad()
-def test_wrappers_compute_what_the_model_computes(model):
+def test_wrappers_compute_what_the_model_computes(model, alone):
     ids, expected = random_ids(), model(random_ids())
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        assert torch.equal(wrapped(ids), expected)
-        wrapped.load_state_dict(wrapped.state_dict(), assign=True)
-        assert torch.equal(wrapped(ids), expected)
-        assert is_tied(model) == model.config.tie_weights
-        # The wrapper holds the group: it goes first, so that the group's threads do not end inside a later collection.
-        del wrapped
-        gc.collect()
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert torch.equal(wrapped(ids), expected)
+    wrapped.load_state_dict(wrapped.state_dict(), assign=True)
+    assert torch.equal(wrapped(ids), expected)
+    assert is_tied(model) == model.config.tie_weights
 
 
 def test_a_model_compiles_to_one_graph(model):

@@ -205,20 +205,25 @@ def test_a_tied_head_is_stored_once_and_a_state_must_fit():
         load_model_state(other, state)
 
 
-@pytest.mark.parametrize("kind", WRAPPED)
-def test_a_wrapped_model_is_saved_under_its_own_names_and_loaded_into_any_other(kind, tmp_path):
+@pytest.fixture(scope="module")
+def alone():
     with process_group():
-        torch.manual_seed(0)
-        model = GPTModel(CONFIG)
-        path = save_checkpoint(tmp_path, 1, model_state(WRAPPED[kind](model)))
-        torch.manual_seed(1)
-        plain, wrapped = GPTModel(CONFIG), WRAPPED[kind](GPTModel(CONFIG))
-        saved = load_checkpoint(path).model
-        assert saved.keys() == model_state(model).keys()
-        for other in (plain, wrapped):
-            load_model_state(other, saved)
-            found = model_state(other)
-            assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
+        yield
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_model_is_saved_under_its_own_names_and_loaded_into_any_other(kind, alone, tmp_path):
+    torch.manual_seed(0)
+    model = GPTModel(CONFIG)
+    path = save_checkpoint(tmp_path, 1, model_state(WRAPPED[kind](model)))
+    torch.manual_seed(1)
+    plain, wrapped = GPTModel(CONFIG), WRAPPED[kind](GPTModel(CONFIG))
+    saved = load_checkpoint(path).model
+    assert saved.keys() == model_state(model).keys()
+    for other in (plain, wrapped):
+        load_model_state(other, saved)
+        found = model_state(other)
+        assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
 
 
 def test_random_states_repeat_the_numbers():

@@ -1,6 +1,7 @@
 """Small models of transformers and of ours that the tests of this room share."""
 
 import copy
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,11 +207,16 @@ WRAPPED = {
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A group of this process alone."""
+    """A group of this process alone. Give it to tests as a fixture: wrappers hold it, and must be gone at its end.
+
+    A wrapper that is collected later would end the group's threads while it holds the interpreter's lock, for which
+    these threads may be waiting.
+    """
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
+        gc.collect()
         dist.destroy_process_group()
 
 
