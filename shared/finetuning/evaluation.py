@@ -26,7 +26,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -431,8 +430,8 @@ def _checked_entry(entry: object) -> dict[str, object]:
     return entry
 
 
-def score_answers(entries: Iterable[dict[str, object]]) -> pd.DataFrame:
-    """Return a table with a row for each entry of `read_answers`: exact match, token F1, ROUGE-L, and the words.
+def score_answers(entries: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+    """Return a row for each entry of `read_answers`: the answer, its words, exact match, token F1 and ROUGE-L.
 
     Raises ValueError or TypeError if an entry does not fit; the message has its place.
     """
@@ -449,4 +448,4 @@ def score_answers(entries: Iterable[dict[str, object]]) -> pd.DataFrame:
         except (ValueError, TypeError) as error:
             raise type(error)(f"entry {place}: {error}") from None
         rows.append({"answer": answer, "words": len(answer.split()), **measures})
-    return pd.DataFrame(rows, columns=["answer", "words", "exact_match", "token_f1", "rouge_l"])
+    return rows

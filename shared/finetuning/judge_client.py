@@ -89,19 +89,6 @@ class Endpoint:
             return False
 
 
-def endpoint_from_environment() -> Endpoint:
-    """Return the endpoint of `LLM_JUDGE_URL`, `LLM_JUDGE_MODEL` and `LLM_JUDGE_KEY`; without them Ollama's own.
-
-    Raises ValueError as `Endpoint` does.
-    """
-    get = os.environ.get
-    return Endpoint(
-        get("LLM_JUDGE_URL") or DEFAULT_URL,
-        get("LLM_JUDGE_MODEL") or DEFAULT_MODEL,
-        get("LLM_JUDGE_KEY") or "",
-    )
-
-
 @dataclass(frozen=True)
 class Limits:
     """How long and how much: nobody may hold us for ever.
@@ -126,6 +113,19 @@ class Limits:
         """Refuse what is not a number above 0 (ValueError)."""
         for name, value in vars(self).items():
             require(name, value, 0 < value < math.inf, "above 0 and finite")
+
+
+def endpoint_from_environment() -> Endpoint:
+    """Return the endpoint of `LLM_JUDGE_URL`, `LLM_JUDGE_MODEL` and `LLM_JUDGE_KEY`; without them Ollama's own.
+
+    Raises ValueError as `Endpoint` does.
+    """
+    get = os.environ.get
+    return Endpoint(
+        get("LLM_JUDGE_URL") or DEFAULT_URL,
+        get("LLM_JUDGE_MODEL") or DEFAULT_MODEL,
+        get("LLM_JUDGE_KEY") or "",
+    )
 
 
 @functools.cache
