@@ -3,8 +3,10 @@
 - `features`: what a frozen model computes of texts, computed once and kept.
 - `tuning`: a GPT with a classification head, trained in part or whole.
 - `classification`: texts to labels with probabilities; the course's spam filter.
-- `evaluation`: answers against references, likelihoods, and the agreement of two measures.
-- `judge_replies`, `judge_client`: how a judge is asked over HTTP, and what comes back.
+- `evaluation`: answers against references, and the agreement of two measures.
+- `likelihood`: how probable an answer is for a model; multiple choice.
+- `judge_replies`: what comes back from a judge over HTTP, and a cache of it.
+- `judge_client`: how a judge is asked, with limits, tries and waits.
 - `judge`: a language model as a judge: rubric, schema, strict parser, pairs in both orders.
 - `local_judge`: a chat model on this machine that judges by the probability of its next token.
 """

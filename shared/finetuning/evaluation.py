@@ -1,10 +1,8 @@
-"""How good an answer is, beside references: words in common, likelihoods, multiple choice, and the agreement
-of two measures.
+"""How good an answer is, beside references: words in common, and the agreement of two measures.
 
 Exact match and token F1 follow SQuAD's program, ROUGE-L the package `rouge-score` without stemming. The
-longest common subsequence takes memory of one text's length and refuses texts above `MAX_WORDS`.
-Likelihoods read each prompt once. The interval of a rank correlation is a bootstrap over groups that
-belong together.
+longest common subsequence takes memory of one text's length and refuses texts above `MAX_WORDS`. The
+interval of a rank correlation is a bootstrap over groups that belong together.
 
 Left out: BLEU and other measures of translation, stemming, measures by embeddings, and numbers compared
 as numbers.
@@ -26,15 +24,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from shared.checks import check_choice, check_text, require, whole_number
-from shared.finetuning.features import pad_inputs
-from shared.generation.engine import evaluating
-from shared.generation.streaming import Tokenizer
-from shared.model.gpt import GPTModel
-from shared.training.losses import bits_per_byte, perplexity
+from shared.checks import check_text, require, whole_number
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -99,9 +90,8 @@ def token_f1(answer: str, references: str | Sequence[str]) -> float:
     return max(_token_overlap(answer, reference).f1 for reference in _as_references(references))
 
 
-MAX_WORDS = (
-    10_000  # of each text: the time of the longest common subsequence grows with the product of the lengths
-)
+# Of each text: the time of the longest common subsequence grows with the product of both lengths.
+MAX_WORDS = 10_000
 
 
 def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
@@ -159,159 +149,6 @@ def rouge_l(
     return max(overlaps, key=lambda overlap: overlap.f1)
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """How surprising an answer is after its prompt: -log p of the whole answer, its tokens, its UTF-8 bytes."""
-
-    nats: float
-    n_tokens: int
-    n_bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """e to the loss per token; comparable between models with the same tokenizer only."""
-        return perplexity(self.nats / self.n_tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """The loss in bits per byte of the text; comparable between all models that read text."""
-        return bits_per_byte(self.nats, self.n_bytes)
-
-
-def pooled(likelihoods: Iterable[Likelihood]) -> Likelihood:
-    """Return the likelihood of several answers taken together, so that each token, or byte, counts once.
-
-    Raises ValueError if there is none.
-    """
-    found = list(likelihoods)
-    require("likelihoods", len(found), len(found) > 0, "at least one")
-    return Likelihood(
-        math.fsum(one.nats for one in found),
-        sum(one.n_tokens for one in found),
-        sum(one.n_bytes for one in found),
-    )
-
-
-def _check_answers(
-    model: GPTModel, prompts: Sequence[Sequence[int]], ids: Sequence[Sequence[Sequence[int]]]
-) -> None:
-    """Refuse what `answer_likelihoods` cannot read, with its place (ValueError)."""
-    limit = model.config.context_length
-    require("answers", len(ids), len(ids) == len(prompts), f"{len(prompts)} lists, one for each prompt")
-    for i, (prompt, rows) in enumerate(zip(prompts, ids, strict=True)):
-        require(f"prompts[{i}]", list(prompt), len(prompt) > 0, "at least one token")
-        require(f"answers[{i}]", list(rows), len(rows) > 0, "at least one answer")
-        for k, row in enumerate(rows):
-            length = len(prompt) + len(row)
-            require(f"answers[{i}][{k}]", "an empty text", len(row) > 0, "at least one token")
-            require(
-                f"prompt and answers[{i}][{k}]",
-                f"{length:,} tokens",
-                length <= limit,
-                f"at most {limit:,} tokens",
-            )
-
-
-@torch.no_grad()
-def _answer_losses(
-    model: GPTModel, prompts: Sequence[Sequence[int]], ids: Sequence[Sequence[Sequence[int]]]
-) -> list[list[float]]:
-    """Return -log p of each answer for prompts of one length, each of which is read once."""
-    device = next(model.parameters()).device
-    rows = [row for of_prompt in ids for row in of_prompt]
-    which = torch.arange(len(ids), device=device).repeat_interleave(
-        torch.tensor([len(of_prompt) for of_prompt in ids], device=device)
-    )
-    tokens, mask = (part.to(device) for part in pad_inputs(rows))
-    # The prompts, once; then as many copies of their keys and values as they have answers.
-    caches = model.new_caches(len(prompts[0]) + tokens.shape[1])
-    states = model.hidden_states(torch.tensor([list(p) for p in prompts], device=device), caches=caches)
-    for cache in caches:
-        cache.reorder(which)
-    # The state before each token predicts it: the prompt's last one, then those of the answer but its last.
-    states = states[which, -1:]
-    if tokens.shape[1] > 1:
-        states = torch.cat([states, model.hidden_states(tokens[:, :-1], caches=caches)], dim=1)
-    losses = [
-        F.cross_entropy(model.output_head(some).float(), wanted, reduction="none").cpu().double()
-        for some, wanted in zip(states[mask].split(256), tokens[mask].split(256), strict=True)
-    ]
-    nats = iter([part.sum().item() for part in torch.cat(losses).split([len(row) for row in rows])])
-    return [[next(nats) for _ in of_prompt] for of_prompt in ids]
-
-
-def answer_likelihoods(
-    model: GPTModel,
-    encoding: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[str]],
-    *,
-    end: Sequence[int] = (),
-    batch_size: int = 16,
-) -> list[list[Likelihood]]:
-    """Return how probable each answer is after its prompt, for several answers to each of several prompts.
-
-    Prompt and answer are encoded apart, so the prompt's ids are the same before every answer.
-
-    Args:
-        model: A decoder; it runs without dropout and gradients.
-        encoding: Its tokenizer.
-        prompts: The ids of each prompt, at least one each.
-        answers: For each prompt its answers, as they stand in the text (often with a space in front).
-        end: Ids that must follow each answer, such as the end of a message; they count as tokens, not as bytes.
-        batch_size: Prompts of one length that are read at a time.
-
-    Raises:
-        ValueError: The numbers do not fit, a prompt or an answer is empty, or both are longer than the context.
-    """
-    batch_size = whole_number("batch_size", batch_size)
-    ids = [[[*encoding.encode_ordinary(text), *end] for text in of_prompt] for of_prompt in answers]
-    _check_answers(model, prompts, ids)
-    by_length: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(place)
-    found: list[list[Likelihood]] = [[] for _ in prompts]
-    with evaluating(model):
-        for places in by_length.values():
-            for start in range(0, len(places), batch_size):
-                some = places[start : start + batch_size]
-                losses = _answer_losses(model, [prompts[i] for i in some], [ids[i] for i in some])
-                for i, nats in zip(some, losses, strict=True):
-                    sizes = [
-                        (len(row), len(text.encode())) for row, text in zip(ids[i], answers[i], strict=True)
-                    ]
-                    found[i] = [Likelihood(loss, *size) for loss, size in zip(nats, sizes, strict=True)]
-    return found
-
-
-NORMALIZATIONS = ("sum", "token", "byte", "unconditional")
-
-
-def choice_scores(
-    likelihoods: Sequence[Likelihood],
-    normalization: str = "sum",
-    unconditional: Sequence[Likelihood] | None = None,
-) -> list[float]:
-    """Return a score for each of several answers to one question; the highest is the model's choice.
-
-    Args:
-        likelihoods: Of each answer after the question.
-        normalization: "sum", log p of the answer; per "token"; per "byte"; or "unconditional", log p less the log p of
-            the answer after a prompt without the question.
-        unconditional: Of each answer after that prompt; for "unconditional" only.
-
-    Raises:
-        ValueError: The normalization is unknown, or the unconditional likelihoods are missing or not as many.
-    """
-    check_choice("normalization", normalization, NORMALIZATIONS)
-    if normalization == "unconditional":
-        n_given = None if unconditional is None else len(unconditional)
-        require("unconditional", n_given, n_given == len(likelihoods), f"{len(likelihoods)} likelihoods")
-        return [other.nats - one.nats for one, other in zip(likelihoods, unconditional, strict=True)]
-    sizes = {"sum": lambda one: 1, "token": lambda one: one.n_tokens, "byte": lambda one: one.n_bytes}
-    return [-one.nats / sizes[normalization](one) for one in likelihoods]
-
-
 def average_ranks(values: Sequence[float]) -> np.ndarray:
     """Return the rank of each value, from 1; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
@@ -327,9 +164,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     require("second", other.shape, other.shape == one.shape and one.ndim == 1, f"{one.shape} as first")
     require("first", len(one), len(one) > 1, "at least 2 values")
     for name, values in (("first", one), ("second", other)):
-        require(
-            name, "nan", not np.isnan(values).any(), "numbers: leave out what has no grade, and say how many"
-        )
+        require(name, "nan", not np.isnan(values).any(), "numbers: leave out what has none, and say so")
     ranks = [average_ranks(values) - (len(one) + 1) / 2 for values in (one, other)]
     scale = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
     return float(ranks[0] @ ranks[1] / scale) if scale else math.nan
@@ -370,9 +205,7 @@ def rank_correlation(
     """
     rho = spearman(first, second)
     one, other = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    require(
-        "first and second", "a constant list", not math.isnan(rho), "lists of at least two different values"
-    )
+    require("first and second", "one value only", not math.isnan(rho), "of at least two values")
     require("confidence", confidence, 0 < confidence < 1, "between 0 and 1")
     names = list(range(len(one))) if groups is None else list(groups)
     require("groups", len(names), len(names) == len(one), f"{len(one)}, one for each value")
@@ -416,12 +249,8 @@ def _checked_entry(entry: object) -> dict[str, object]:
     """Return an entry that has three texts, of which the reference may be several; else ValueError or TypeError."""
     wanted = ("prompt", "answer", "reference")
     found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-    require(
-        "an entry",
-        found,
-        isinstance(entry, dict) and set(wanted) <= set(entry),
-        f"an object with {', '.join(wanted)}",
-    )
+    fits = isinstance(entry, dict) and set(wanted) <= set(entry)
+    require("an entry", found, fits, f"an object with {', '.join(wanted)}")
     check_text("prompt", entry["prompt"])
     check_text("answer", entry["answer"])
     if not isinstance(entry["reference"], list):

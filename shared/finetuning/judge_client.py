@@ -70,9 +70,7 @@ class Endpoint:
         except ValueError:
             plain = False
         if not plain or parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                "url must be http(s)://host[:port]/path, without a user, password, query or fragment"
-            )
+            raise ValueError("url must be http(s)://host[:port]/path, without user, query and fragment")
         require("model", self.model, bool(self.model.strip()), "the name of a model")
         if any(not "!" <= letter <= "~" for letter in self.key):
             raise ValueError("key must be printable ASCII without spaces")

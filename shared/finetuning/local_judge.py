@@ -48,12 +48,8 @@ class LocalJudge:
         self.model, self.tokenizer, self.chat_format = model, tokenizer, chat_format
         self._system = chat_format.encode_message(tokenizer, {"role": "system", "content": rubric})
         tokens = [tokenizer.encode_ordinary(text) for text in (*map(str, GRADES), "A", "B")]
-        require(
-            "tokenizer",
-            tokens,
-            all(len(ids) == 1 for ids in tokens),
-            "one with single tokens for 1 to 5, A and B",
-        )
+        single = all(len(ids) == 1 for ids in tokens)
+        require("tokenizer", tokens, single, "one with single tokens for 1 to 5, A and B")
         self._grades, self._letters = [ids[0] for ids in tokens[:5]], [ids[0] for ids in tokens[5:]]
 
     def _logits(self, texts: Sequence[str], answers: Sequence[int]) -> Tensor:
@@ -86,9 +82,7 @@ class LocalJudge:
         """
         for first, second in pairs:
             same = (first.question, first.reference) == (second.question, second.reference)
-            require(
-                "pairs", second.question, same, "two answers to the same question, with the same reference"
-            )
+            require("pairs", second.question, same, "two answers to one question, with one reference")
         texts = [
             f"{_asked(a)}Answer A: {a.answer}\nAnswer B: {b.answer}\n\nWhich answer is better, A or B?"
             for first, second in pairs
