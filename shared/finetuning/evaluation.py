@@ -248,7 +248,7 @@ def read_answers(path: str | os.PathLike[str]) -> list[dict[str, object]]:
 def _checked_entry(entry: object) -> dict[str, object]:
     """Return an entry that has three texts, of which the reference may be several; else ValueError or TypeError."""
     wanted = ("prompt", "answer", "reference")
-    found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+    found = list(entry) if isinstance(entry, dict) else type(entry).__name__
     fits = isinstance(entry, dict) and set(wanted) <= set(entry)
     require("an entry", found, fits, f"an object with {', '.join(wanted)}")
     check_text("prompt", entry["prompt"])

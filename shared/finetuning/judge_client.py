@@ -178,8 +178,9 @@ async def _read(response: httpx.Response, endpoint: Endpoint, max_bytes: int) ->
         if len(body) > max_bytes:
             raise JudgeError("reply too large", f"more than {max_bytes:,} bytes")
         if is_stream:
-            events += stream.feed(chunk)
-            if "[DONE]" in events:
+            new = stream.feed(chunk)
+            events += new
+            if "[DONE]" in new:
                 break
     if response.status_code != 200:
         raise _refusal(response, body.decode("utf-8", "replace"), endpoint.key)

@@ -191,7 +191,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         y = 0.6 * x + 0.8 * rng.normal(size=50)
         found = rank_correlation(x, y, n_resamples=100, seed=trial)
         n_covered += found.low <= truth <= found.high
-    assert 33 <= n_covered  # 38 are expected
+    assert n_covered >= 33  # 38 are expected
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,10 @@ def test_answers_of_a_file_are_scored(tmp_path):
         ('{"prompt": "p", "answer": null, "reference": "r"}', "line 2 of .*answer must be a str"),
         ('{"prompt": "p", "answer": "a", "reference": []}', "line 2 of .*references must be at least one"),
         ('{"prompt": "p", "answer": "a", "reference": {"a": 1}}', "line 2 of .*reference must be a str"),
-        ('{"prompt": "p", "answer": "a", "reference": ["r", 3]}', r"line 2 of .*references\[1\] must be a str"),
+        (
+            '{"prompt": "p", "answer": "a", "reference": ["r", 3]}',
+            r"line 2 of .*references\[1\] must be a str",
+        ),
     ],
 )
 def test_a_line_that_does_not_fit_is_named(tmp_path, line, message):
@@ -256,7 +259,5 @@ def test_files_without_entries_and_entries_without_parts_are_refused(tmp_path):
         read_answers(tmp_path / "missing")
     with pytest.raises(ValueError, match="entry 1: an entry must be"):
         score_answers([{"prompt": "", "answer": "", "reference": ""}, {}])
-    with pytest.raises(ValueError, match="entry 0: .*10,000 words"):
+    with pytest.raises(ValueError, match=r"entry 0: .*10,000 words"):
         score_answers([{"prompt": "", "answer": "w " * 10_001, "reference": "w"}])
-
-
