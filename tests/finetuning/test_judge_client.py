@@ -494,6 +494,16 @@ def test_events_do_not_depend_on_where_the_bytes_are_cut(pieces, sizes):
         found += stream.feed(sent[place : place + size])
         place += size
     assert found == whole(sent)
+    by_bytes = EventStream()
+    assert [event for byte in sent for event in by_bytes.feed(bytes([byte]))] == whole(sent)
+
+
+def test_a_line_end_may_be_cut_in_two():
+    sent = b"data: x\r\ndata: y\r\n\r\n\rdata: z\r\r\n"
+    assert whole(sent) == ["x\ny", "z"]
+    for cut in range(len(sent) + 1):
+        stream = EventStream()
+        assert stream.feed(sent[:cut]) + stream.feed(b"") + stream.feed(sent[cut:]) == ["x\ny", "z"]
 
 
 def test_many_small_chunks_cost_their_number_only():
