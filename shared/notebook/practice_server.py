@@ -27,7 +27,10 @@ class PracticeServer:
         practice = self
 
         class Handler(BaseHTTPRequestHandler):
+            """Answers one connection."""
+
             def do_POST(self) -> None:
+                """Note the request, and send what comes next."""
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 practice.requests.append(request)
                 status, headers, body = practice._next(request)
