@@ -189,14 +189,20 @@ def test_waits_are_capped():
     assert clock.sleeps == [1.0, 2.0, 3.0, 3.0, 3.0]
 
 
-@pytest.mark.parametrize(
-    "value", ["7", format_datetime(datetime.fromtimestamp(time.time() + 7.9, UTC), usegmt=True)]
-)
+def as_date(seconds: float) -> str:
+    """The time in so many seconds, as the header says it: in whole seconds."""
+    return format_datetime(datetime.fromtimestamp(time.time() + seconds, UTC), usegmt=True)
+
+
+@pytest.mark.parametrize("value", [lambda: "20", lambda: as_date(25)], ids=["seconds", "date"])
 def test_retry_after_is_obeyed(value):
+    def refuses(handler: Handler) -> None:
+        handler.send(429, b"", Retry_After=value())
+
     clock = Clock()
-    with judge_server(sends(b"", 429, Retry_After=value), says("hi")) as server:
+    with judge_server(refuses, says("hi")) as server:
         assert client_of(server, clock).complete(HELLO) == "hi"
-    assert 1 < clock.sleeps[0] <= 8
+    assert 10 < clock.sleeps[0] <= 25
 
 
 def test_a_wish_to_wait_too_long_is_not_disobeyed_but_ends_the_matter():
