@@ -10,6 +10,7 @@
 - `runners`: small models of earlier eras, for the race of chapter 1.
 - `tale_runs`: the training run on tales that sweeps repeat.
 - `chat_panel`: a panel to talk to a model in JupyterLab.
+- `practice_server`: a chat server on this machine, to try a client on.
 """
 
 from shared.notebook.plotting import heat_map, label_line, use_style
