@@ -7,6 +7,7 @@
 - `scoring`: how much of a written text the grammar allows.
 - `encoding`: the tokenizer of the tales.
 - `distribution`: the exact chances of every next token.
+- `instructions`: questions about stories, with their answers.
 """
 
 from shared.tales.distribution import expected_loss, next_tokens

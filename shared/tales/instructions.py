@@ -1,0 +1,366 @@
+"""Instructions about the tales whose right answer is known: what chapter 7 tunes a model on and scores it with.
+
+`TaskGenerator(seed).sample()` yields a conversation that ends with the right answer. Six families are for training
+(`FAMILIES`), one is held out whole (`HELD_OUT`): it turns the question of a trained family round. Every answer is
+read off the story's facts or its text, so that scoring is exact.
+
+Left out: answers that do not read the story, the baselines, which are in `shared.tales.look_ups`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+from shared.checks import check_choice, plain_number, require
+from shared.tales.generator import Story, TaleGenerator, lexicon
+from shared.tales.scoring import split_sentences
+
+FAMILIES = ("owner", "order", "count", "agreement", "ending", "follow_up")
+HELD_OUT = "possession"
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+MAX_SENTENCE_WORDS = 18  # sentences that are corrected are no longer
+
+Choice = TypeVar("Choice")
+Draw = Callable[[], float]
+Turn = tuple[str, str]  # a question and its answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A conversation of the user and the assistant, which ends with the right answer; `family` says of which kind."""
+
+    family: str
+    messages: tuple[dict[str, str], ...]
+
+    @property
+    def answer(self) -> str:
+        """The right answer to the last question."""
+        return self.messages[-1]["content"]
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        """The conversation up to the last question."""
+        return list(self.messages[:-1])
+
+
+class TaskGenerator:
+    """A reproducible source of tasks: the same seed gives the same tasks in every Python version.
+
+    Raises ValueError if the seed is not an int.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        number = plain_number(seed)
+        require("seed", seed, isinstance(number, int), "an int")
+        self._tales = TaleGenerator(seed)
+        # Only random() is used: the other methods of Random may change between Python versions.
+        self._draw = random.Random(f"tasks {number}").random
+
+    def sample(self, family: str | None = None) -> Task:
+        """Draw the next task, of one family, or of one of `FAMILIES` drawn at random.
+
+        Raises ValueError if the family is neither one of `FAMILIES` nor `HELD_OUT`.
+        """
+        family = pick(FAMILIES, self._draw) if family is None else family
+        check_choice("family", family, (*FAMILIES, HELD_OUT))
+        while True:
+            turns = _TURNS[family](self._tales.sample(), self._draw)
+            if turns:
+                return Task(family, conversation(turns))
+
+    def tasks(self, n: int, family: str | None = None) -> Iterator[Task]:
+        """Yield the next `n` tasks. Raises ValueError as `sample`, and if `n` is negative."""
+        require("n", n, n >= 0, "at least 0")
+        return (self.sample(family) for _ in range(n))
+
+    def lesson(self) -> tuple[dict[str, str], ...]:
+        """Draw a longer conversation of the trained families, which asks one story, read once, several questions.
+
+        One in four lessons corrects six sentences; one in four begins with the end of a story.
+        """
+        draw, kind = self._draw, self._draw()
+        turns: list[Turn] = []
+        if kind < 0.25:
+            while len(turns) < 6:
+                turns += agreement_turns(self._tales.sample(), draw)
+            return conversation(turns)
+        while not turns:
+            story = self._tales.sample()
+            turns = ending_turns(story, draw) if kind < 0.5 else []
+            # Only the first question brings the story along.
+            kinds = (owner_turns, order_turns, count_turns, follow_up_turns, owner_turns, count_turns)
+            for ask in shuffled(kinds, draw)[: 4 if turns else 6]:
+                for question, answer in ask(story, draw):
+                    bare = question.removeprefix(f"{story.text}\n")
+                    if all(bare not in earlier for earlier, _ in turns):
+                        turns.append((bare if turns else question, answer))
+        return conversation(turns)
+
+
+def conversation(turns: Sequence[Turn]) -> tuple[dict[str, str], ...]:
+    """Return questions and answers as messages of the user and the assistant."""
+    return tuple(
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    )
+
+
+# --- families: each makes the turns of a task, or none where the story does not serve
+
+
+def owner_turns(story: Story, draw: Draw) -> list[Turn]:
+    """Ask who has a thing at the end; on the way it may have been lost, lent, sold or given away."""
+    found = owners(story)
+    if not found:
+        return []
+    thing, owner = pick(found, draw)
+    forms = (f"Who has the {thing} at the end?", f"To whom does the {thing} belong at the end?")
+    return [(f"{story.text}\n{pick(forms, draw)}", owner)]
+
+
+def possession_turns(story: Story, draw: Draw) -> list[Turn]:
+    """Ask what somebody has at the end, the question of `owner` turned round; nobody is asked who has two things."""
+    found = owners(story)
+    once = [(thing, owner) for thing, owner in found if sum(owner == other for _, other in found) == 1]
+    if not once:
+        return []
+    thing, owner = pick(once, draw)
+    forms = (f"What does {owner} have at the end?", f"What belongs to {owner} at the end?")
+    return [(f"{story.text}\n{pick(forms, draw)}", thing)]
+
+
+def order_turns(story: Story, draw: Draw) -> list[Turn]:
+    """Ask in which order the story first names three of its words."""
+    words = named_words(story)
+    if len(words) < 3:
+        return []
+    asked = shuffled(words, draw)[:3]
+    right = sorted(asked, key=lambda word: first_place(word, story.text))
+    given = ", ".join(shuffled(asked, draw))
+    forms = (
+        f"Put these words in the order in which the story first names them: {given}.",
+        f"In which order does the story name these words for the first time: {given}?",
+    )
+    return [(f"{story.text}\n{pick(forms, draw)}", ", ".join(right))]
+
+
+def count_turns(story: Story, draw: Draw) -> list[Turn]:
+    """Ask how many times a word stands in the story."""
+    # How often comes first, then the word: otherwise half of all answers would be "two".
+    words = named_words(story)
+    number = pick(sorted({times(word, story.text) for word in words}), draw)
+    word = pick([word for word in words if times(word, story.text) == number], draw)
+    forms = (
+        f'How many times does the word "{word}" stand in the story?',
+        f'Count the word "{word}" in the story.',
+    )
+    return [(f"{story.text}\n{pick(forms, draw)}", number)]
+
+
+def agreement_turns(story: Story, draw: Draw) -> list[Turn]:
+    """Ask for a sentence in which one word, an article, a pronoun or a verb, no longer agrees with the others."""
+    spoiled: dict[str, list[Turn]] = {}
+    for sentence in split_sentences(story.text):
+        if len(sentence.split()) <= MAX_SENTENCE_WORDS:
+            for right, wrong in spoilings(sentence):
+                spoiled.setdefault(right, []).append((wrong, sentence))
+    if not spoiled:
+        return []
+    # Which word comes first, then the sentence: otherwise most errors would be an "an" in place of "a".
+    wrong, sentence = pick(spoiled[pick(sorted(spoiled), draw)], draw)
+    forms = (
+        f"One word of this sentence is wrong. Write the sentence correctly: {wrong}",
+        f"Correct the one wrong word in this sentence: {wrong}",
+    )
+    return [(pick(forms, draw), sentence)]
+
+
+def ending_turns(story: Story, draw: Draw) -> list[Turn]:
+    """Ask for the last sentence, of which the beginning and the words that are new in the story are prescribed."""
+    *before, last = split_sentences(story.text)
+    told = " ".join(before)
+    start = " ".join(last.split()[:2])
+    new = [
+        word
+        for word in dict.fromkeys(re.findall(r"[A-Za-z]+", last[len(start) :]))
+        if not first_mention(word, told) and word in _content_words()
+    ]
+    rest = f" and has the word{'s' if len(new) > 1 else ''} {' and '.join(new)} in it" if new else ""
+    forms = (
+        f'Write the last sentence. It begins with "{start}"{rest}.',
+        f'End the story with a sentence that begins with "{start}"{rest}.',
+    )
+    return [(f"{told}\n{pick(forms, draw)}", last)]
+
+
+def follow_up_turns(story: Story, draw: Draw) -> list[Turn]:
+    """Ask for somebody, and then something about the answer, which the second question does not name."""
+    people = [word for word in named_words(story) if word in _sexes()]
+    openings = owner_turns(story, draw) or [("", "")]
+    first, last = people[0], max(people, key=lambda name: story.text.rindex(name))
+    openings += [
+        (f"{story.text}\nWhich person is named first in the story?", first),
+        (f"{story.text}\nWhich person is named last in the story?", last),
+    ]
+    question, answer = pick([opening for opening in openings if opening[0]], draw)
+    word = answer.removeprefix("the ")
+    if " " in word:  # two people together
+        return []
+    after = re.search(rf"\b{word}\b[^A-Za-z]*([A-Za-z]+)", story.text)
+    later = [
+        ("How many times does that name or word stand in the story?", times(word, story.text)),
+        *([("Which word comes right after it the first time?", after[1])] if after else []),
+    ]
+    later = shuffled(later, draw)
+    return [(question, answer), *later[: 1 + (draw() < 0.5)]]
+
+
+_TURNS = {
+    "owner": owner_turns,
+    "order": order_turns,
+    "count": count_turns,
+    "agreement": agreement_turns,
+    "ending": ending_turns,
+    "follow_up": follow_up_turns,
+    HELD_OUT: possession_turns,
+}
+
+
+# --- what a story says
+
+
+def owners(story: Story) -> list[tuple[str, str]]:
+    """Return the things of a story that can be asked for, and who has each at the end.
+
+    Some stories end in one of two ways, and then their last sentences decide.
+    """
+    facts, text = story.facts, story.text
+    who, friend, what = facts["who"], facts["friend"], facts["what"]
+    job = f"the {facts.get('occupation', '')}"
+
+    def found(pattern: str) -> str:
+        match = re.search(pattern, text)
+        assert match, f"a story of the plan {story.plan} without {pattern!r}"
+        return match[1]
+
+    match story.plan:
+        case "lost_and_found":
+            return [(what, who)]
+        case "borrowed":
+            return [(f"new {what}", who), (f"{facts['consequence']} {what}", friend)]
+        case "storm":
+            return [(facts["animal"], who), (facts["pet"], who)]
+        case "garden_thief":
+            return [(found(r'at the \w+ with an? (\w+)," said'), friend)]
+        case "race":
+            pet, own = found(r"ran past with an? (\w+) at"), found(r'"I have an? (\w+) at home')
+            return [(what, facts["third"]), (own, facts["third"]), (pet, facts["winner"])]
+        case "wrong_letter":
+            return [(what, who), (facts["animal"], facts["writer"])]
+        case "hurt_wing":
+            return [(what, friend)]
+        case "cake":
+            return [(what, job if f"gave the {what} to the" in text else friend)]
+        case "boat_trip":
+            return [(facts["boat"], f"{who} and {friend}")]
+        case "market_trade":
+            last_buyer = found(r"At last an? (\w+) fell in love")
+            return [(facts["animal"], job), (facts["third"], f"the {last_buyer}")]
+        case "hidden_key":
+            return [(what, friend), (facts["box"], job if "bought the" in text else who)]
+        case "lost_pet":
+            return [(what, who)]
+        case "mending":
+            return [(what, who), (facts["tool"], friend)]
+        case "night_noise":
+            return [(what, friend if "never gave the" in text else who)]
+        case "promise":
+            return [(what, who), (facts["vehicle"], friend)]
+        case "school_play":
+            return [(what, facts["ill"])]
+    raise ValueError(f"story must be of a known plan, got {story.plan!r}")
+
+
+def named_words(story: Story) -> list[str]:
+    """Return single words of the story's facts that stand in its text, in the order of their first mention."""
+    words = {word for value in story.facts.values() for word in value.split()}
+    named = [word for word in words if word in _content_words() and first_mention(word, story.text)]
+    return sorted(named, key=lambda word: first_place(word, story.text))
+
+
+def spoilings(sentence: str) -> list[tuple[str, str]]:
+    """Return the sentence with an article, a pronoun or a verb made wrong, in every way, each after the right word.
+
+    A pronoun is made wrong only where the sentence names one person, of whom all its pronouns speak.
+    """
+    words = re.findall(r"\w+|\W+", sentence)
+    swaps = dict(_SWAPS)
+    sexes = {word: _sexes()[word] for word in words if word in _sexes()}
+    if len(sexes) == 1:
+        own = _OF_SEX[next(iter(sexes.values()))]
+        if all(word.lower() in own for word in words if word.lower() in _PRONOUNS):
+            swaps |= own
+    found = []
+    for place, word in enumerate(words):
+        for wrong in swaps.get(word.lower(), ()):
+            wrong = wrong.capitalize() if word[0].isupper() else wrong
+            found.append((word.lower(), "".join([*words[:place], wrong, *words[place + 1 :]])))
+    return found
+
+
+def times(word: str, text: str) -> str:
+    """Return in words how many times a word stands in a text: "one" to "twelve"."""
+    return NUMBERS[len(re.findall(rf"\b{word}\b", text)) - 1]
+
+
+def first_mention(word: str, text: str) -> re.Match[str] | None:
+    """Return where a whole word stands first in a text, None where it does not."""
+    return re.search(rf"\b{re.escape(word)}\b", text)
+
+
+def first_place(word: str, text: str) -> int:
+    """Return the place of the first mention; the length of the text where there is none."""
+    found = first_mention(word, text)
+    return found.start() if found else len(text)
+
+
+# What a word is made, where it is to be wrong.
+_SWAPS = {"a": ("an",), "an": ("a",), "was": ("were",), "were": ("was",), "is": ("are",), "are": ("is",)}
+_OF_SEX: dict[str, dict[str, tuple[str, ...]]] = {
+    "girl": {"she": ("he",), "her": ("his", "him"), "herself": ("himself",)},
+    "boy": {"he": ("she",), "him": ("her",), "his": ("her",), "himself": ("herself",)},
+}
+_PRONOUNS = {word for swaps in _OF_SEX.values() for word in swaps}
+
+
+@cache
+def _sexes() -> dict[str, str]:
+    return {name: sex for sex in _OF_SEX for name in lexicon(sex)}
+
+
+@cache
+def _content_words() -> frozenset[str]:
+    """Single words that a story can be asked for: people, animals, places, food, things, colours, trades, weekdays."""
+    pools = ("person", "animal", "place", "food", "object", "colour", "material", "occupation", "weekday")
+    return frozenset(word for name in pools for word in lexicon(name) if " " not in word)
+
+
+# --- drawing with random() alone
+
+
+def pick(choices: Sequence[Choice], draw: Draw) -> Choice:
+    """Draw one of the choices, all alike."""
+    return choices[int(draw() * len(choices))]
+
+
+def shuffled(choices: Sequence[Choice], draw: Draw) -> list[Choice]:
+    """Return the choices in random order."""
+    return [
+        choice for _, choice in sorted(((draw(), choice) for choice in choices), key=lambda pair: pair[0])
+    ]
