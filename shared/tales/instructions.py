@@ -300,12 +300,12 @@ def spoilings(sentence: str) -> list[tuple[str, str]]:
     A pronoun is made wrong only where the sentence names one person, of whom all its pronouns speak.
     """
     words = re.findall(r"\w+|\W+", sentence)
-    swaps = dict(_SWAPS)
+    swaps = _SWAPS
     sexes = {word: _sexes()[word] for word in words if word in _sexes()}
     if len(sexes) == 1:
         own = _OF_SEX[next(iter(sexes.values()))]
         if all(word.lower() in own for word in words if word.lower() in _PRONOUNS):
-            swaps |= own
+            swaps = _SWAPS | own
     found = []
     for place, word in enumerate(words):
         for wrong in swaps.get(word.lower(), ()):
@@ -331,7 +331,14 @@ def first_place(word: str, text: str) -> int:
 
 
 # What a word is made, where it is to be wrong.
-_SWAPS = {"a": ("an",), "an": ("a",), "was": ("were",), "were": ("was",), "is": ("are",), "are": ("is",)}
+_SWAPS: dict[str, tuple[str, ...]] = {
+    "a": ("an",),
+    "an": ("a",),
+    "was": ("were",),
+    "were": ("was",),
+    "is": ("are",),
+    "are": ("is",),
+}
 _OF_SEX: dict[str, dict[str, tuple[str, ...]]] = {
     "girl": {"she": ("he",), "her": ("his", "him"), "herself": ("himself",)},
     "boy": {"he": ("she",), "him": ("her",), "his": ("her",), "himself": ("herself",)},
