@@ -21,6 +21,27 @@ from shared.checks import check_path, check_text, require
 from shared.text.chat_format import ChatFormat, Message
 
 
+def prompt_key(messages: Sequence[Message]) -> str:
+    """Return what two equal prompts have in common: all but the last message, in small letters.
+
+    Punctuation, quotation marks and white space do not count. The role of a message does.
+    """
+    lines = []
+    for message in messages[:-1]:
+        text = re.sub(r"[^\w+*/%=<>-]+", " ", message["content"].casefold())
+        lines.append(f"{message['role']}: {text.strip()}")
+    return "\n".join(lines)
+
+
+def overlapping(train: Iterable[Sequence[Message]], test: Iterable[Sequence[Message]]) -> list[int]:
+    """Return the places in `test` of conversations whose prompt stands in `train` too, see `prompt_key`.
+
+    Each conversation is looked at once, so the time grows with their number, not with the number of pairs.
+    """
+    known = {prompt_key(messages) for messages in train}
+    return [place for place, messages in enumerate(test) if prompt_key(messages) in known]
+
+
 def check_conversation(messages: Sequence[Message], name: str = "messages") -> list[Message]:
     """Return the messages of a conversation that a model can be tuned on; a system message may stand in front.
 
@@ -46,27 +67,6 @@ def check_conversation(messages: Sequence[Message], name: str = "messages") -> l
         if message["role"] == "assistant" and not message["content"].strip():
             raise ValueError(f"{name}: the answer in messages[{number}] must not be empty")
     return messages
-
-
-def prompt_key(messages: Sequence[Message]) -> str:
-    """Return what two equal prompts have in common: all but the last message, in small letters.
-
-    Punctuation, quotation marks and white space do not count. The role of a message does.
-    """
-    lines = []
-    for message in messages[:-1]:
-        text = re.sub(r"[^\w+*/%=<>-]+", " ", message["content"].casefold())
-        lines.append(f"{message['role']}: {text.strip()}")
-    return "\n".join(lines)
-
-
-def overlapping(train: Iterable[Sequence[Message]], test: Iterable[Sequence[Message]]) -> list[int]:
-    """Return the places in `test` of conversations whose prompt stands in `train` too, see `prompt_key`.
-
-    Each conversation is looked at once, so the time grows with their number, not with the number of pairs.
-    """
-    known = {prompt_key(messages) for messages in train}
-    return [place for place, messages in enumerate(test) if prompt_key(messages) in known]
 
 
 def conversation_of(entry: Mapping[str, object], name: str = "entry") -> list[Message]:
