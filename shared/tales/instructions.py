@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 from shared.checks import check_choice, plain_number, require
@@ -27,15 +27,21 @@ MAX_SENTENCE_WORDS = 18  # sentences that are corrected are no longer
 
 Choice = TypeVar("Choice")
 Draw = Callable[[], float]
-Turn = tuple[str, str]  # a question and its answer
+Turn = tuple[
+    str, str, str
+]  # a question, its answer, and what the answer says: "It belongs to Ben." says "Ben"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A conversation of the user and the assistant, which ends with the right answer; `family` says of which kind."""
+    """A conversation of the user and the assistant, which ends with the right answer.
+
+    `family` says of which kind it is, `value` what the answer says: that of "It belongs to Ben." is "Ben".
+    """
 
     family: str
     messages: tuple[dict[str, str], ...]
+    value: str
 
     @property
     def answer(self) -> str:
@@ -68,10 +74,8 @@ class TaskGenerator:
         """
         family = pick(FAMILIES, self._draw) if family is None else family
         check_choice("family", family, (*FAMILIES, HELD_OUT))
-        while True:
-            turns = _TURNS[family](self._tales.sample(), self._draw)
-            if turns:
-                return Task(family, conversation(turns))
+        turns = self._turns(family)
+        return Task(family, conversation(turns), turns[-1][2])
 
     def tasks(self, n: int, family: str | None = None) -> Iterator[Task]:
         """Yield the next `n` tasks. Raises ValueError as `sample`, and if `n` is negative."""
@@ -81,25 +85,31 @@ class TaskGenerator:
     def lesson(self) -> tuple[dict[str, str], ...]:
         """Draw a longer conversation of the trained families, which asks one story, read once, several questions.
 
-        One in four lessons corrects six sentences; one in four begins with the end of a story.
+        One in four lessons corrects five sentences; one in four begins with the end of a story.
         """
         draw, kind = self._draw, self._draw()
-        turns: list[Turn] = []
         if kind < 0.25:
-            while len(turns) < 6:
-                turns += agreement_turns(self._tales.sample(), draw)
-            return conversation(turns)
-        while not turns:
-            story = self._tales.sample()
-            turns = ending_turns(story, draw) if kind < 0.5 else []
-            # Only the first question brings the story along.
-            kinds = (owner_turns, order_turns, count_turns, follow_up_turns, owner_turns, count_turns)
-            for ask in shuffled(kinds, draw)[: 4 if turns else 6]:
-                for question, answer in ask(story, draw):
-                    bare = question.removeprefix(f"{story.text}\n")
-                    if all(bare not in earlier for earlier, _ in turns):
-                        turns.append((bare if turns else question, answer))
+            return conversation([turn for _ in range(5) for turn in self._turns("agreement")])
+        # Only the first question brings the story along.
+        story = self._tales.sample()
+        turns = ending_turns(story, draw) if kind < 0.5 else []
+        asks = (owner_turns, order_turns, count_turns, follow_up_turns, owner_turns)
+        for ask in shuffled(asks, draw)[: 3 if turns else 5]:
+            for question, answer, value in ask(story, draw):
+                bare = question.removeprefix(f"{story.text}\n")
+                if all(bare not in earlier for earlier, *_ in turns):
+                    turns.append((bare if turns else question, answer, value))
         return conversation(turns)
+
+    def _turns(self, family: str) -> list[Turn]:
+        """Draw stories until one serves."""
+        ask = _TURNS[family]
+        # The kind of error comes first: otherwise most would be an "an" in place of "a".
+        if family == "agreement":
+            ask = partial(agreement_turns, kind=pick(list(_KINDS), self._draw))
+        while not (turns := ask(self._tales.sample(), self._draw)):
+            pass
+        return turns
 
 
 def conversation(turns: Sequence[Turn]) -> tuple[dict[str, str], ...]:
@@ -107,7 +117,7 @@ def conversation(turns: Sequence[Turn]) -> tuple[dict[str, str], ...]:
     return tuple(
         {"role": role, "content": content}
         for turn in turns
-        for role, content in zip(("user", "assistant"), turn, strict=True)
+        for role, content in zip(("user", "assistant"), turn[:2], strict=True)
     )
 
 
@@ -121,7 +131,7 @@ def owner_turns(story: Story, draw: Draw) -> list[Turn]:
         return []
     thing, owner = pick(found, draw)
     forms = (f"Who has the {thing} at the end?", f"To whom does the {thing} belong at the end?")
-    return [(f"{story.text}\n{pick(forms, draw)}", owner)]
+    return [(f"{story.text}\n{pick(forms, draw)}", f"It belongs to {owner}.", owner)]
 
 
 def possession_turns(story: Story, draw: Draw) -> list[Turn]:
@@ -132,7 +142,7 @@ def possession_turns(story: Story, draw: Draw) -> list[Turn]:
         return []
     thing, owner = pick(once, draw)
     forms = (f"What does {owner} have at the end?", f"What belongs to {owner} at the end?")
-    return [(f"{story.text}\n{pick(forms, draw)}", thing)]
+    return [(f"{story.text}\n{pick(forms, draw)}", f"It is the {thing}.", thing)]
 
 
 def order_turns(story: Story, draw: Draw) -> list[Turn]:
@@ -147,7 +157,8 @@ def order_turns(story: Story, draw: Draw) -> list[Turn]:
         f"Put these words in the order in which the story first names them: {given}.",
         f"In which order does the story name these words for the first time: {given}?",
     )
-    return [(f"{story.text}\n{pick(forms, draw)}", ", ".join(right))]
+    answer = "First {}, then {}, then {}.".format(*right)
+    return [(f"{story.text}\n{pick(forms, draw)}", answer, ", ".join(right))]
 
 
 def count_turns(story: Story, draw: Draw) -> list[Turn]:
@@ -157,28 +168,29 @@ def count_turns(story: Story, draw: Draw) -> list[Turn]:
     number = pick(sorted({times(word, story.text) for word in words}), draw)
     word = pick([word for word in words if times(word, story.text) == number], draw)
     forms = (
-        f'How many times does the word "{word}" stand in the story?',
-        f'Count the word "{word}" in the story.',
+        f"How many times does the word {word} stand in the story?",
+        f"How often is the word {word} in the story?",
     )
-    return [(f"{story.text}\n{pick(forms, draw)}", number)]
+    return [(f"{story.text}\n{pick(forms, draw)}", counted(number), number)]
 
 
-def agreement_turns(story: Story, draw: Draw) -> list[Turn]:
-    """Ask for a sentence in which one word, an article, a pronoun or a verb, no longer agrees with the others."""
-    spoiled: dict[str, list[Turn]] = {}
-    for sentence in split_sentences(story.text):
-        if len(sentence.split()) <= MAX_SENTENCE_WORDS:
-            for right, wrong in spoilings(sentence):
-                spoiled.setdefault(right, []).append((wrong, sentence))
+def agreement_turns(story: Story, draw: Draw, kind: str) -> list[Turn]:
+    """Ask for a sentence in which one word no longer agrees with the others; `kind` is one of `_KINDS`."""
+    spoiled = [
+        (wrong, sentence)
+        for sentence in split_sentences(story.text)
+        if len(sentence.split()) <= MAX_SENTENCE_WORDS
+        for right, wrong in spoilings(sentence)
+        if right in _KINDS[kind]
+    ]
     if not spoiled:
         return []
-    # Which word comes first, then the sentence: otherwise most errors would be an "an" in place of "a".
-    wrong, sentence = pick(spoiled[pick(sorted(spoiled), draw)], draw)
+    wrong, sentence = pick(spoiled, draw)
     forms = (
         f"One word of this sentence is wrong. Write the sentence correctly: {wrong}",
         f"Correct the one wrong word in this sentence: {wrong}",
     )
-    return [(pick(forms, draw), sentence)]
+    return [(pick(forms, draw), f"Correct: {sentence}", sentence)]
 
 
 def ending_turns(story: Story, draw: Draw) -> list[Turn]:
@@ -191,37 +203,38 @@ def ending_turns(story: Story, draw: Draw) -> list[Turn]:
         for word in dict.fromkeys(re.findall(r"[A-Za-z]+", last[len(start) :]))
         if not first_mention(word, told) and word in _content_words()
     ]
-    rest = f" and has the word{'s' if len(new) > 1 else ''} {' and '.join(new)} in it" if new else ""
+    words = f" with the word{'s' if len(new) > 1 else ''} {' and '.join(new)}" if new else ""
     forms = (
-        f'Write the last sentence. It begins with "{start}"{rest}.',
-        f'End the story with a sentence that begins with "{start}"{rest}.',
+        f"Write the last sentence{words}. It begins: {start} ...",
+        f"End the story with a sentence{words} that begins: {start} ...",
     )
-    return [(f"{told}\n{pick(forms, draw)}", last)]
+    return [(f"{told}\n{pick(forms, draw)}", f"Last sentence: {last}", last)]
 
 
 def follow_up_turns(story: Story, draw: Draw) -> list[Turn]:
     """Ask for somebody, and then something about the answer, which the second question does not name."""
     people = [word for word in named_words(story) if word in _sexes()]
-    openings = owner_turns(story, draw) or [("", "")]
+    openings = owner_turns(story, draw)
     first, last = people[0], max(people, key=lambda name: story.text.rindex(name))
     openings += [
-        (f"{story.text}\nWhich person is named first in the story?", first),
-        (f"{story.text}\nWhich person is named last in the story?", last),
+        (f"{story.text}\nWhich person is named first in the story?", f"It is {first}.", first),
+        (f"{story.text}\nWhich person is named last in the story?", f"It is {last}.", last),
     ]
-    question, answer = pick([opening for opening in openings if opening[0]], draw)
-    word = answer.removeprefix("the ")
+    opening = pick(openings, draw)
+    word = opening[2].removeprefix("the ")
     if " " in word:  # two people together
         return []
-    after = re.search(rf"\b{word}\b[^A-Za-z]*([A-Za-z]+)", story.text)
-    later = [
-        ("How many times does that name or word stand in the story?", times(word, story.text)),
-        *([("Which word comes right after it the first time?", after[1])] if after else []),
-    ]
+    number, after = times(word, story.text), re.search(rf"\b{word}\b[^A-Za-z]*([A-Za-z]+)", story.text)
+    later = [("How many times does that name or word stand in the story?", counted(number), number)]
+    if after:
+        later.append(
+            ("Which word comes right after it the first time?", f"The word is {after[1]}.", after[1])
+        )
     later = shuffled(later, draw)
-    return [(question, answer), *later[: 1 + (draw() < 0.5)]]
+    return [opening, *later[: 1 + (draw() < 0.5)]]
 
 
-_TURNS = {
+_TURNS: dict[str, Callable[..., list[Turn]]] = {
     "owner": owner_turns,
     "order": order_turns,
     "count": count_turns,
@@ -319,6 +332,11 @@ def times(word: str, text: str) -> str:
     return NUMBERS[len(re.findall(rf"\b{word}\b", text)) - 1]
 
 
+def counted(number: str) -> str:
+    """Return the answer that says how often a word stands in a story."""
+    return f"It stands there {number} time{'s' if number != 'one' else ''}."
+
+
 def first_mention(word: str, text: str) -> re.Match[str] | None:
     """Return where a whole word stands first in a text, None where it does not."""
     return re.search(rf"\b{re.escape(word)}\b", text)
@@ -338,6 +356,13 @@ _SWAPS: dict[str, tuple[str, ...]] = {
     "were": ("was",),
     "is": ("are",),
     "are": ("is",),
+}
+# What is drawn first, so that no kind of error is rarer than another: the words that are right.
+_KINDS = {
+    "article": ("a", "an"),
+    "verb": ("was", "were", "is", "are"),
+    "he or she": ("he", "she"),
+    "his or her": ("him", "his", "her", "himself", "herself"),
 }
 _OF_SEX: dict[str, dict[str, tuple[str, ...]]] = {
     "girl": {"she": ("he",), "her": ("his", "him"), "herself": ("himself",)},

@@ -38,7 +38,7 @@ def look_ups(family: str, training: Sequence[Task]) -> dict[str, LookUp]:
 
 def n_correct(look_up: LookUp, tasks: Iterable[Task]) -> int:
     """Return how many tasks a look-up answers right."""
-    return sum(look_up(task) == task.answer for task in tasks)
+    return sum(look_up(task) == task.value for task in tasks)
 
 
 def best_look_up(family: str, training: Sequence[Task]) -> tuple[str, LookUp]:
@@ -70,7 +70,7 @@ def _usual(tasks: Iterable[Task]) -> dict[str, str]:
     """The most frequent answer to each kind of question; of equally frequent ones the first in the alphabet."""
     found: dict[str, Counter[str]] = {}
     for task in tasks:
-        found.setdefault(_kind(task), Counter())[task.answer] += 1
+        found.setdefault(_kind(task), Counter())[task.value] += 1
     return {kind: min(answers, key=lambda a: (-answers[a], a)) for kind, answers in found.items()}
 
 
@@ -166,17 +166,17 @@ def _with_other_verb(task: Task) -> str:
 
 def _ending_from_words(task: Task) -> str:
     """The prescribed beginning and words, one after the other."""
-    return " ".join(re.findall(r'begins with "([^"]+)"', _question(task)) + _prescribed(task)) + "."
+    return " ".join(re.findall(r"begins: (.+) \.\.\.$", _question(task)) + _prescribed(task)) + "."
 
 
 def _prescribed(task: Task) -> list[str]:
-    match = re.search(r"has the words? (.+?) in it", _question(task))
+    match = re.search(r" with the words? (.+?)(?:\. It| that) begins", _question(task))
     return match[1].split(" and ") if match else []
 
 
 def _ending_copied(task: Task) -> str:
     """A sentence of the story that begins as prescribed."""
-    start = _first(re.findall(r'begins with "([^"]+)"', _question(task)))
+    start = _first(re.findall(r"begins: (.+) \.\.\.$", _question(task)))
     return _last([s for s in split_sentences(_story(task)) if s.startswith(start)])
 
 
