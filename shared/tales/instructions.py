@@ -213,13 +213,19 @@ def ending_turns(story: Story, draw: Draw) -> list[Turn]:
 
 def follow_up_turns(story: Story, draw: Draw) -> list[Turn]:
     """Ask for somebody, and then something about the answer, which the second question does not name."""
-    people = [word for word in named_words(story) if word in _sexes()]
-    openings = owner_turns(story, draw)
-    first, last = people[0], max(people, key=lambda name: story.text.rindex(name))
-    openings += [
-        (f"{story.text}\nWhich person is named first in the story?", f"It is {first}.", first),
-        (f"{story.text}\nWhich person is named last in the story?", f"It is {last}.", last),
+    words = named_words(story)
+    asked = {
+        kind: [word for word in words if word in _pool(kind)]
+        for kind in ("person", "animal", "trade", "place")
+    }
+    openings = [
+        (f"{story.text}\nWhich {kind} is named first in the story?", f"It is the {named[0]}.", named[0])
+        for kind, named in asked.items()
+        if named and kind != "person"
     ]
+    second = asked["person"][1]
+    openings.append((f"{story.text}\nWhich person is named second in the story?", f"It is {second}.", second))
+    openings += owner_turns(story, draw)
     opening = pick(openings, draw)
     word = opening[2].removeprefix("the ")
     if " " in word:  # two people together
@@ -267,8 +273,8 @@ def owners(story: Story) -> list[tuple[str, str]]:
             return [(what, who)]
         case "borrowed":
             return [(f"new {what}", who), (f"{facts['consequence']} {what}", friend)]
-        case "storm":
-            return [(facts["animal"], who), (facts["pet"], who)]
+        case "storm" | "mending":  # nothing changes hands
+            return []
         case "garden_thief":
             return [(found(r'at the \w+ with an? (\w+)," said'), friend)]
         case "race":
@@ -289,8 +295,6 @@ def owners(story: Story) -> list[tuple[str, str]]:
             return [(what, friend), (facts["box"], job if "bought the" in text else who)]
         case "lost_pet":
             return [(what, who)]
-        case "mending":
-            return [(what, who), (facts["tool"], friend)]
         case "night_noise":
             return [(what, friend if "never gave the" in text else who)]
         case "promise":
@@ -374,6 +378,11 @@ _PRONOUNS = {word for swaps in _OF_SEX.values() for word in swaps}
 @cache
 def _sexes() -> dict[str, str]:
     return {name: sex for sex in _OF_SEX for name in lexicon(sex)}
+
+
+@cache
+def _pool(kind: str) -> frozenset[str]:
+    return frozenset(lexicon("occupation" if kind == "trade" else kind))
 
 
 @cache
