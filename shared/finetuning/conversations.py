@@ -76,7 +76,11 @@ def conversation_of(entry: Mapping[str, object], name: str = "entry") -> list[Me
     `name`, for anything else, and as `check_conversation`.
     """
     if isinstance(entry, Mapping) and "messages" in entry:
-        return check_conversation(entry["messages"], name)
+        require(f"{name}: messages", entry["messages"], isinstance(entry["messages"], list | tuple), "a list")
+        try:
+            return check_conversation(entry["messages"], name)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
     if not isinstance(entry, Mapping) or not {"instruction", "output"} <= entry.keys():
         raise ValueError(f"{name} must have messages, or instruction and output, got {entry!r:.80}")
     parts = [entry["instruction"], entry.get("input") or "", entry["output"]]

@@ -117,9 +117,17 @@ def load_difference(name_or_folder: str | os.PathLike[str]) -> tuple[GPTModel, B
         before = original.get_parameter(name)
         added = changes.pop(f"{name}.new_rows", before[:0])
         change = changes.pop(name, torch.zeros_like(before))
+        require(
+            f"{name} in {folder}", tuple(change.shape), change.shape == before.shape, f"{tuple(before.shape)}"
+        )
+        fits = added.shape[1:] == before.shape[1:]
+        require(f"{name}.new_rows in {folder}", tuple(added.shape), fits, f"of width {before.shape[-1]}")
         whole = torch.cat([before + change.float(), added])
         require(
-            f"{name} in {folder}", tuple(whole.shape), whole.shape == parameter.shape, tuple(parameter.shape)
+            f"{name} in {folder}",
+            tuple(whole.shape),
+            whole.shape == parameter.shape,
+            f"{tuple(parameter.shape)}",
         )
         parameter.copy_(whole)
     require(f"tensors in {folder}", sorted(changes), not changes, "those of the model, and no others")
