@@ -8,6 +8,7 @@
 - `encoding`: the tokenizer of the tales.
 - `distribution`: the exact chances of every next token.
 - `instructions`: questions about stories, with their answers.
+- `look_ups`: rules that answer some of these questions and understand nothing.
 """
 
 from shared.tales.distribution import expected_loss, next_tokens
