@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from shared.finetuning.conversations import overlapping
 from shared.finetuning.differences import save_difference
@@ -36,7 +38,7 @@ from shared.tales.encoding import tale_encoding, tale_tokenizer
 from shared.tales.generator import TaleGenerator
 from shared.tales.instructions import FAMILIES, HELD_OUT, Task, TaskGenerator
 from shared.text.chat_format import ChatFormat
-from shared.training.batches import document_row
+from shared.training.batches import IGNORE, document_row
 from shared.training.loop import Record
 from shared.training.losses import loss_per_document
 from shared.weights.pretrained import CHECKPOINTS, load_pretrained
@@ -47,8 +49,8 @@ SHIPPED = "tales-3m-instruct"
 SEEDS, CHOICE_SEED, TEST_SEED = (1, 2, 3), 9, 1
 CHOICES = (7e-4, 1.5e-3, 3e-3)
 
-CONTEXT_LENGTH, BATCH_SIZE, LEARNING_RATE = 512, 8, 3e-3
-N_STEPS, N_CHOICE_STEPS = 1500, 300
+CONTEXT_LENGTH, BATCH_SIZE, LEARNING_RATE = 640, 8, 3e-3
+N_STEPS, N_CHOICE_STEPS = 1000, 300
 N_TEST, N_STORIES = 200, 200
 
 FORMAT, TOKENIZER = ChatFormat(), chat_tokenizer(tale_tokenizer())
@@ -107,6 +109,13 @@ def untuned() -> GPTModel:
     return extend_model(load_pretrained("tales-3m"), 2, CONTEXT_LENGTH)
 
 
+def answer_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the losses of what is learned; no logits are computed where nothing is."""
+    is_learned = targets != IGNORE
+    logits = model.output_head(model.hidden_states(inputs)[is_learned])
+    return F.cross_entropy(logits.float(), targets[is_learned], reduction="sum")
+
+
 def run(
     name: str,
     role: str,
@@ -143,6 +152,7 @@ def run(
         n_steps=n_steps,
         learning_rate=learning_rate,
         n_frozen_rows=0 if name == "random start" else tale_encoding().n_vocab,
+        loss=answer_loss,
         autocast=torch.bfloat16,
         on_step=report,
     )

@@ -85,16 +85,16 @@ class TaskGenerator:
     def lesson(self) -> tuple[dict[str, str], ...]:
         """Draw a longer conversation of the trained families, which asks one story, read once, several questions.
 
-        One in four lessons corrects five sentences; one in four begins with the end of a story.
+        One in five lessons corrects six sentences; one in five begins with the end of a story.
         """
         draw, kind = self._draw, self._draw()
-        if kind < 0.25:
-            return conversation([turn for _ in range(5) for turn in self._turns("agreement")])
-        # Only the first question brings the story along.
+        if kind < 0.2:
+            return conversation([turn for _ in range(6) for turn in self._turns("agreement")])
+        # Only the first question brings the story along. What is hard to learn is asked three times.
         story = self._tales.sample()
-        turns = ending_turns(story, draw) if kind < 0.5 else []
-        asks = (owner_turns, order_turns, count_turns, follow_up_turns, owner_turns)
-        for ask in shuffled(asks, draw)[: 3 if turns else 5]:
+        turns = ending_turns(story, draw) if kind < 0.4 else []
+        asks = (owner_turns, follow_up_turns, *(order_turns, count_turns) * 3)
+        for ask in shuffled(asks, draw)[: 5 if turns else 8]:
             for question, answer, value in ask(story, draw):
                 bare = question.removeprefix(f"{story.text}\n")
                 if all(bare not in earlier for earlier, *_ in turns):

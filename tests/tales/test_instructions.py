@@ -160,7 +160,7 @@ def test_lessons_ask_several_questions_of_one_story():
         )
         for text in (lesson[0]["content"] for lesson in lessons)
     )
-    assert min(starts.values()) > 30 and len(starts) == 3
+    assert min(starts.values()) > 20 and len(starts) == 3
 
 
 @pytest.mark.parametrize("family", ["riddle", "", "lesson"])
