@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.finetuning.instruction import (
+    answer_loss,
     answers,
     chat_batch,
     chat_batches,
@@ -23,6 +24,7 @@ from shared.model.gpt import GPTConfig, GPTModel
 from shared.tales.encoding import tale_encoding, tale_tokenizer
 from shared.text.chat_format import ChatFormat
 from shared.training.batches import IGNORE
+from shared.training.loop import summed_next_token_loss
 from shared.training.losses import evaluate
 from shared.weights.pretrained import load_pretrained
 from tests.configurations import LLAMA
@@ -324,6 +326,21 @@ def test_a_small_model_learns_its_lessons_by_heart():
     tune(tuned, chat_batches(examples, 3), n_steps=150, learning_rate=1e-2, n_frozen_rows=2048)
     replies = answers(tuned, TOKENIZER, FORMAT, [talk[:-1] for talk in talks])
     assert replies == ["The owl.", "At home.", "Nobody."]
+
+
+def test_logits_are_computed_only_where_something_is_learned_and_the_loss_is_the_same():
+    talks = [ask("Who has it?", "Mia"), ask("Tell me of the owl.", "It is old."), ask("a", "b")]
+    inputs, targets = chat_batch(encode_conversations(FORMAT, TOKENIZER, talks)[0])
+    larger, gradients, sizes = extend_model(load_pretrained("tales-tiny"), 2), [], []
+    larger.output_head.register_forward_pre_hook(lambda _, given: sizes.append(given[0].numel() // 64))
+    for loss in (answer_loss, summed_next_token_loss):
+        larger.zero_grad()
+        total = loss(larger, inputs, targets)
+        total.backward()
+        gradients.append([total.detach(), *(parameter.grad.clone() for parameter in larger.parameters())])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    assert sizes == [int((targets != IGNORE).sum()), targets.numel()]
 
 
 def test_freeze_rows_is_a_matter_of_gradients():
