@@ -3,6 +3,10 @@
 - `features`: what a frozen model computes of texts, computed once and kept.
 - `tuning`: a GPT with a classification head, trained in part or whole.
 - `classification`: texts to labels with probabilities; the course's spam filter.
+- `conversations`: what to learn from: checked, read from JSONL, compared with the test set.
+- `instruction`: from continuing a text to answering: new tokens, labels, batches, tuning, replies.
+- `packing`: several conversations in one row that do not see each other.
+- `differences`: a tuned model as its difference to the model it comes from.
 - `evaluation`: answers against references, and the agreement of two measures.
 - `likelihood`: how probable an answer is for a model; multiple choice.
 - `judge_replies`: what comes back from a judge over HTTP, and a cache of it.
@@ -12,6 +16,7 @@
 """
 
 from shared.finetuning.classification import load_classifier, read_labeled_texts, train_classifier
+from shared.finetuning.differences import load_difference
 from shared.finetuning.evaluation import score_answers
 from shared.finetuning.features import cached_features
 from shared.finetuning.tuning import GPTClassifier, fine_tune
@@ -21,6 +26,7 @@ __all__ = [
     "cached_features",
     "fine_tune",
     "load_classifier",
+    "load_difference",
     "read_labeled_texts",
     "score_answers",
     "train_classifier",

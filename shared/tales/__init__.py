@@ -7,6 +7,9 @@
 - `scoring`: how much of a written text the grammar allows.
 - `encoding`: the tokenizer of the tales.
 - `distribution`: the exact chances of every next token.
+- `errors`: sentences with one wrong word.
+- `instructions`: questions about stories, with their answers.
+- `look_ups`: rules that answer some of these questions and understand nothing.
 """
 
 from shared.tales.distribution import expected_loss, next_tokens
