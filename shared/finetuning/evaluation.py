@@ -101,6 +101,7 @@ def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """
     for name, words in (("first", first), ("second", second)):
         require(name, f"{len(words):,} words", len(words) <= MAX_WORDS, f"at most {MAX_WORDS:,} words long")
+    # Each different word becomes a number, as NumPy compares numbers quickly.
     numbers: dict[Hashable, int] = {}
     rows, columns = (
         np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.int32)
@@ -109,6 +110,7 @@ def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     # One row of the table: position j holds the length for the first j words of `second`.
     lengths = np.zeros(len(columns) + 1, dtype=np.int32)
     for number in rows:
+        # Where the words differ, the diagonal without its one is never more than the cell above: it does no harm.
         above_or_diagonal = np.maximum(lengths[1:], lengths[:-1] + (columns == number))
         lengths[1:] = np.maximum.accumulate(above_or_diagonal)
     return int(lengths[-1])
