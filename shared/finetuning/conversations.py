@@ -29,7 +29,8 @@ def prompt_key(messages: Sequence[Message]) -> str:
     lines = []
     for message in messages[:-1]:
         text = re.sub(r"[^\w+*/%=<>-]+", " ", message["content"].casefold())
-        lines.append(f"{message['role']}: {text.strip()}")
+        text = re.sub(r" ?([+*/%=<>-]) ?", r"\1", text).strip()
+        lines.append(f"{message['role']}: {text}")
     return "\n".join(lines)
 
 

@@ -128,6 +128,7 @@ def test_the_bundled_instructions_are_conversations():
 def test_spaces_capitals_and_punctuation_do_not_tell_prompts_apart():
     same = ["Name a fish.", "name  a fish", "Name a \u201cfish\u201d!", "\nNAME A FISH\n"]
     assert len({prompt_key(ask(text)) for text in same}) == 1
+    assert prompt_key(ask("What is 2+2?")) == prompt_key(ask("what is 2 + 2"))
     assert prompt_key(ask("a", "b")) == prompt_key(ask("a", "c"))
 
 
