@@ -1,4 +1,4 @@
-"""A tuned model as its difference to the model it comes from: a third of the bytes or less.
+"""A tuned model as its difference to the model it comes from: less than half of the bytes.
 
 The difference is rounded to bfloat16, the rows of new tokens stand whole. Loading checks that the base is
 the very one that the difference was made for.
