@@ -17,7 +17,7 @@ class Terminal:
         seconds: How long `until` waits at most.
     """
 
-    def __init__(self, arguments: Sequence[str], seconds: float = 60.0) -> None:
+    def __init__(self, arguments: Sequence[str], seconds: float = 120.0) -> None:
         import pty
 
         self.seconds, self.shown = seconds, ""
@@ -61,6 +61,16 @@ class Terminal:
             self.read(deadline, text)
         seen, _, self.shown = self.shown.partition(text)
         return seen + text
+
+    def press_until(self, keys: str, text: str) -> None:
+        """Press keys, and again every three seconds until a text is shown: between two waits nobody may listen."""
+        deadline = time.monotonic() + self.seconds
+        while text not in self.shown:
+            self.type(keys)
+            again = time.monotonic() + 3
+            while text not in self.shown and time.monotonic() < again:
+                self.read(deadline, text)
+        self.until(text)
 
     def until_something(self) -> None:
         """Wait until anything is shown that no call has returned yet."""

@@ -1,7 +1,6 @@
 """A chat in a real terminal: three turns, one of them stopped by Ctrl-C, and the commands."""
 
 import json
-import time
 
 import pytest
 
@@ -49,9 +48,9 @@ def test_three_turns_in_a_terminal_one_of_them_stopped(tmp_path):
             terminal.until(f"{text}\r\n")
             assert "[stopped]" not in terminal.until("you> ")
         # At the prompt Ctrl-C gives up the line; then the conversation is saved, and Ctrl-D ends.
-        time.sleep(0.5)  # between the prompt and its wait for a key, Python itself is deaf to Ctrl-C
-        terminal.type("half a line\x03")
-        terminal.until("you> ")
+        # Between the prompt and its wait for a key, Python itself is deaf to Ctrl-C.
+        terminal.type("half a line")
+        terminal.press_until("\x03", "you> ")
         terminal.type(f"/save {saved}\n")
         terminal.until("6 messages saved")
         terminal.until("you> ")
