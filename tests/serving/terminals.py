@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,9 @@ class Terminal:
         import termios
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # tests that run in the background inherit that it is ignored
 
     def __enter__(self) -> "Terminal":
         return self
