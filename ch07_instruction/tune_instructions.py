@@ -10,6 +10,9 @@ family that no lesson has (`HELD_OUT`). Prompts that also stand in a lesson are 
 learning rate was chosen by runs of another seed on tasks of another seed, recorded with the role "choice"; their
 lessons still asked each kind of question alike often.
 
+The stories of the test tasks (seed 1) are among those that the base model had read, once each and without questions. On
+tasks of the seeds 7001 and 7002, which nobody had read, the shipped model is right in 72 and 74 % instead of 76 %.
+
 `tune_instructions.csv` has a row for each run and family; rows of step 0 are the model before. A run replaces its own
 rows, so the script goes on with the run that it was stopped in. One thread is used.
 """
