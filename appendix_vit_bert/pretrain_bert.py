@@ -47,6 +47,7 @@ from shared.finetuning.encoders import BERTClassifier
 from shared.finetuning.tuning import GPTClassifier, fine_tune, label_logits
 from shared.model.bert import BERTConfig, BERTForPreTraining
 from shared.model.gpt import GPTConfig, GPTModel
+from shared.tales.blanks import BlankFiller
 from shared.tales.generator import TaleGenerator
 from shared.tales.scoring import split_sentences
 from shared.text.wordpiece import WordPieceTokenizer
@@ -599,6 +600,31 @@ def baselines(options: argparse.Namespace) -> list[dict]:
     )
 
 
+def ceiling(options: argparse.Namespace) -> list[dict]:
+    """What the grammar allows on the test's pairs: the exact chance of each answer, given all that is seen."""
+    tokenizer = WordPieceTokenizer.load(options.scratch / "vocab.txt")
+    pairs, hidden, targets = test_set(tokenizer, options.n_test)
+    filler, scores = BlankFiller(tokenizer, most_sentences=LONGEST_HEAD), defaultdict(float)
+    for row, asked, head, label in zip(
+        hidden.tolist(), targets.tolist(), pairs.heads.tolist(), pairs.labels.tolist(), strict=True
+    ):
+        seen = [None if token == tokenizer.mask_id else token for token in row]
+        found = filler.fill_pair(seen[1 : head - 1], seen[head : row.index(tokenizer.sep_id, head)])
+        wanted = [token for token in asked if token != IGNORE]
+        scores["n masked"] += len(wanted)
+        scores["masked accuracy"] += sum(found.best)
+        scores["masked loss"] -= sum(
+            math.log(place[token]) for place, token in zip(found.places, wanted, strict=True)
+        )
+        scores["n next"] += 1
+        scores["next accuracy"] += max(found.follows, 1 - found.follows)
+        scores["next loss"] -= math.log(1 - found.follows if label else found.follows)
+    means = {
+        name: value / scores[f"n {name.split()[0]}"] for name, value in scores.items() if name[:2] != "n "
+    }
+    return rows_of("ceiling", "ceiling", 0, 0, means | {n: scores[n] for n in ("n masked", "n next")})
+
+
 def hardware(device: torch.device) -> str:
     """The name of what computed."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
@@ -654,7 +680,7 @@ def jobs(options: argparse.Namespace) -> list[list[str]]:
     seeds = SEEDS[:1] if options.quick else SEEDS
     main = [f"bert|bert|{seed}" for seed in seeds]
     return [
-        ["baselines", *(f"rate|{i}" for i in range(len(options.rates)))],
+        ["baselines", "ceiling", *(f"rate|{i}" for i in range(len(options.rates)))],
         [*main, "gpt", *(f"bert|{run}|{SEEDS[0]}" for run in RUNS if run != "bert")],
         choices,
         [f"messages|{run}|{seed}" for run in tuned for seed in seeds],
@@ -666,6 +692,8 @@ def do_job(options: argparse.Namespace, name: str) -> list[dict]:
     kind, *rest = name.split("|")
     if kind == "baselines":
         return baselines(options)
+    if kind == "ceiling":
+        return ceiling(options)
     if kind == "rate":
         rate = options.rates[int(rest[0])]
         try:
