@@ -19,8 +19,8 @@ All are judged on the same pairs (seed `TEST_SEED`), 15 % of whose tokens are hi
 of seed 0, and the same networks with random weights, are tuned on the bundled messages, with the folds of
 `ch06_classification/spam_runs.py`. Rates and poolings are chosen on folds of seed 9.
 
-Left in `--output`: `results.json`, one list of rows for all runs, and the folder `tales-bert` with the weights of `bert`,
-seed 0, in bfloat16.
+Left in `--output`: `results.json`, one list of rows for all runs, and the folder `tales-bert` with the weights of
+`bert`, seed 0, in bfloat16.
 """
 
 import argparse
@@ -107,9 +107,9 @@ def story_sentences(tokenizer: WordPieceTokenizer, seed: int, n: int) -> list[li
 
 
 def make_pairs(tokenizer: WordPieceTokenizer, seed: int, n: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return pairs as inputs, int16 (n, context_length), the length of each first segment and label, and how many are cut.
+    """Return pairs as inputs, int16 (n, context_length), their first segments' lengths, and how many had to be cut.
 
-    The lengths are those of [CLS] first [SEP]; a label of 1 is stored as a negative length.
+    The lengths are those of [CLS] first [SEP], negative where the label is 1.
     """
     length = BERTConfig.preset(PRESET).context_length
     documents, rng = story_sentences(tokenizer, seed, n), np.random.default_rng(seed)

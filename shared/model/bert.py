@@ -18,7 +18,7 @@ BERT_PRESETS: dict[str, dict[str, object]] = {
     "minilm-l6": {"emb_dim": 384, "n_layers": 6},
     "tales-bert": {
         "vocab_size": 2816,
-        "context_length": 208,
+        "context_length": 232,
         "emb_dim": 160,
         "n_heads": 5,
         "n_layers": 5,
