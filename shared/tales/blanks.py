@@ -381,7 +381,8 @@ def _order_and_needs(start: Node | None) -> tuple[dict[Node, int], dict[Node, fr
 
 def _normalized(place: Mapping[int, float], total: float) -> dict[int, float]:
     """Return the chances of the tokens, the most probable first."""
-    return {token: weight / total for token, weight in sorted(place.items(), key=lambda item: -item[1])}
+    ordered = sorted(place.items(), key=lambda item: -item[1])
+    return {token: weight / total for token, weight in ordered if weight > 0}
 
 
 def _require_story(total: float) -> None:
