@@ -2,6 +2,8 @@
 
     python pretrain_bert.py --device cuda --output out      everything; a run that is done is not done again
     python pretrain_bert.py --steps 30 --quick --output out  a trial of a minute or two on a CPU
+    python pretrain_bert.py --ship full --device cpu --output out     the shipped model, on one thread
+    python pretrain_bert.py --messages shipped --output out           tune it on the messages, five folds
     python pretrain_bert.py --collect out                   put the results into pretrain_bert.csv beside this script
 
 Stories are generated and cut into pairs by several processes first (`--workers`), and kept in `--scratch`. Then the
@@ -41,12 +43,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared.data.corpus import load_sms
 from shared.finetuning.encoders import BERTClassifier
 from shared.finetuning.tuning import GPTClassifier, fine_tune, label_logits
-from shared.model.bert import BERTConfig, BERTForPreTraining
+from shared.model.bert import BERTConfig, BERTForPreTraining, BERTModel
 from shared.model.gpt import GPTConfig, GPTModel
+from shared.pretraining.processes import cpu_name
 from shared.tales.blanks import BlankFiller
 from shared.tales.generator import TaleGenerator
 from shared.tales.scoring import split_sentences
@@ -61,15 +65,27 @@ from shared.training.masking import (
     pretraining_targets,
     sentence_pair,
 )
+from shared.training.optimizers import build_optimizers
 from shared.training.schedules import build_schedule
-from shared.weights.bert import OWN_CONFIG, save_bert
+from shared.weights.bert import OWN_CONFIG, load_bert, save_bert
+from shared.weights.pretrained import load_pretrained
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "pretrain_bert.csv"
 COLUMNS = ["run", "role", "seed", "step", "measure", "value", "n", "right", "seconds", "hardware", "torch"]
 KEY = ("run", "role", "seed", "step", "measure")
 
-PRESET = "tales-bert"
+NAME, VOCAB_SIZE, CONTEXT_LENGTH = "tales-bert", 2816, 232
+
+
+def _shape(emb_dim: int, n_heads: int, n_layers: int, **more: object) -> BERTConfig:
+    """A BERT for tales."""
+    return BERTConfig(
+        VOCAB_SIZE, CONTEXT_LENGTH, emb_dim=emb_dim, n_heads=n_heads, n_layers=n_layers, dropout=0.0, **more
+    )
+
+
+CONFIG = _shape(160, 5, 5, feed_forward_dim=512)  # of the comparisons on a GPU
 VOCABULARY_SEED, TRAINING_SEED, TEST_SEED, MASK_SEED = 2048, 30_000, 7003, 15
 ALPHABET = "".join(map(chr, range(33, 127)))
 LONGEST_HEAD = 7  # sentences of the first segment: every tale has at least 8
@@ -77,6 +93,7 @@ SEEDS, CHOICE_SEED = (0, 1, 2), 9
 RATES = (5e-4, 1e-3, 2e-3)
 N_STEPS, BATCH_SIZE, N_TEST, N_VALIDATION = 8000, 128, 2000, 500
 N_FOLDS = 5
+MESSAGE_RATE = 1e-3  # of the shipped model and the GPTs beside it; not chosen by any run
 
 # Name -> how tokens are hidden, whether pairs are judged, share of the steps.
 RUNS: dict[str, tuple[Masking, bool, float]] = {
@@ -88,6 +105,15 @@ RUNS: dict[str, tuple[Masking, bool, float]] = {
 }
 HIDDEN = Masking(0.15, 1.0, 0.0)  # how all are judged
 
+# Recipes of the shipped model, for one thread: short excerpts first, then whole stories (Devlin et al., 2019, A.2).
+# Name -> shape, steps on excerpts, steps on stories, pairs of a batch, learning rate, type of the matrix products.
+SIZES: dict[str, tuple[BERTConfig, int, int, int, float, torch.dtype | None]] = {
+    "quick": (_shape(64, 4, 1, init_std=0.05), 2200, 250, 16, 6e-3, None),
+    "full": (_shape(128, 4, 3), 2400, 1200, 64, 2e-3, torch.bfloat16),
+}
+EXCERPT = 4  # sentences
+SHORT_SEED, LONG_SEED = 41_000, 42_000
+
 
 # --- stories
 
@@ -95,7 +121,7 @@ HIDDEN = Masking(0.15, 1.0, 0.0)  # how all are judged
 def train_vocabulary() -> WordPieceTokenizer:
     """Return the vocabulary of the shipped model."""
     texts = [story.text for story in TaleGenerator(VOCABULARY_SEED).stories(5000)]
-    return WordPieceTokenizer.train(texts, BERTConfig.preset(PRESET).vocab_size, alphabet=ALPHABET)
+    return WordPieceTokenizer.train(texts, VOCAB_SIZE, alphabet=ALPHABET)
 
 
 def story_sentences(tokenizer: WordPieceTokenizer, seed: int, n: int) -> list[list[list[int]]]:
@@ -111,7 +137,7 @@ def make_pairs(tokenizer: WordPieceTokenizer, seed: int, n: int) -> tuple[np.nda
 
     The lengths are those of [CLS] first [SEP], negative where the label is 1.
     """
-    length = BERTConfig.preset(PRESET).context_length
+    length = CONTEXT_LENGTH
     documents, rng = story_sentences(tokenizer, seed, n), np.random.default_rng(seed)
     rows, heads, n_cut = np.zeros((n, length), dtype=np.int16), np.zeros(n, dtype=np.int16), 0
     for i in range(n):
@@ -125,7 +151,7 @@ def make_pairs(tokenizer: WordPieceTokenizer, seed: int, n: int) -> tuple[np.nda
 
 def make_stories(tokenizer: WordPieceTokenizer, seed: int, n: int) -> np.ndarray:
     """Return whole stories between [CLS] and [SEP], int16 (n, context_length): what the GPT reads."""
-    length = BERTConfig.preset(PRESET).context_length
+    length = CONTEXT_LENGTH
     rows = np.zeros((n, length), dtype=np.int16)
     for i, story in enumerate(TaleGenerator(seed).stories(n)):
         ids = tokenizer.build_input(tokenizer.encode_ordinary(story.text), max_length=length)[0]
@@ -190,10 +216,11 @@ class Pairs:
         return len(self.rows)
 
     def batch(self, chosen: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return tokens, segments, mask and labels of some pairs; no column holds nothing but padding."""
+        """Return tokens, segments, mask and labels of some pairs, with little padding."""
         tokens = self.rows[chosen].long()
         mask = tokens != 0
-        longest = int(mask.sum(1).max())
+        # A multiple of 16: a CPU keeps a plan for each shape that it has met.
+        longest = min(-(-int(mask.sum(1).max()) // 16) * 16, tokens.shape[1])
         tokens, mask = tokens[:, :longest], mask[:, :longest]
         places = torch.arange(longest, device=tokens.device)
         segments = ((places >= self.heads[chosen][:, None]) & mask).long()
@@ -292,7 +319,7 @@ def pretrain(
     masking, with_pairs, _ = RUNS[run]
     device, tokenizer = choose_device(options.device), WordPieceTokenizer.load(options.scratch / "vocab.txt")
     torch.manual_seed(seed)
-    model = BERTForPreTraining(BERTConfig.preset(PRESET)).to(device)
+    model = BERTForPreTraining(CONFIG).to(device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -358,7 +385,7 @@ def pretrain(
         save_bert(
             model,
             tokenizer,
-            options.output / PRESET,
+            options.output / NAME,
             dtype=torch.bfloat16,
             config_name=OWN_CONFIG,
             replace=True,
@@ -371,9 +398,159 @@ def pretrain(
     return rows
 
 
+def excerpt_pairs(tokenizer: WordPieceTokenizer, seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs as `make_pairs` does, of a few sentences from anywhere in a story."""
+    rng, length = np.random.default_rng(seed), CONTEXT_LENGTH
+    documents = []
+    for sentences in story_sentences(tokenizer, seed, n):
+        start = int(rng.integers(len(sentences) - EXCERPT + 1))
+        documents.append(sentences[start : start + EXCERPT])
+    rows, heads = np.zeros((n, length), dtype=np.int16), np.zeros(n, dtype=np.int16)
+    for i in range(n):
+        pair = sentence_pair(documents, rng, place=i)
+        ids, segments = tokenizer.build_input(pair.first, pair.second, length)
+        rows[i, : len(ids)] = ids
+        heads[i] = segments.index(1) * (-1 if pair.label else 1)
+    return rows, heads
+
+
+def sorted_batches(pairs: Pairs, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
+    """Yield the places of batches from number `start` on; rows of similar length together, each once an epoch."""
+    n = len(pairs) // batch_size
+    lengths = (pairs.rows != 0).sum(1)
+    for epoch in range(start // n, 10**9):
+        rng = np.random.default_rng([seed, epoch])
+        order = torch.from_numpy(rng.permutation(len(pairs)))
+        batches = []
+        for pool in order.split(8 * batch_size):
+            batches += [
+                part for part in pool[lengths[pool].argsort()].split(batch_size) if len(part) == batch_size
+            ]
+        chosen = rng.permutation(len(batches))
+        for i in chosen[start % n if epoch == start // n else 0 :]:
+            yield batches[i]
+
+
+def ship(options: argparse.Namespace) -> None:
+    """Make the shipped model by a recipe of `SIZES`, on one thread.
+
+    A state is kept every 100 steps, from which a stopped run goes on.
+    """
+    scratch = options.scratch
+    config, n_short, n_long, batch_size, rate, autocast = SIZES[options.ship]
+    steps = n_short + n_long
+    scratch.mkdir(parents=True, exist_ok=True)
+    if not (scratch / "vocab.txt").is_file():
+        train_vocabulary().save(scratch / "vocab.txt")
+    tokenizer = WordPieceTokenizer.load(scratch / "vocab.txt")
+    device = choose_device(options.device)
+    torch.manual_seed(options.seed)
+    model = BERTForPreTraining(config).to(device)
+    optimizer = build_optimizers(model, "adamw", rate, betas=(0.9, 0.98))[0]
+    test, state_file = (
+        test_set(tokenizer, options.n_test),
+        scratch / f"ship-{options.ship}-{options.seed}-state.pt",
+    )
+    rows, step, seconds, losses = [], 0, 0.0, []
+    if state_file.is_file():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        rows, step, seconds = state["rows"], state["step"], state["seconds"]
+    started = time.process_time() - seconds
+
+    def evaluate(now: int) -> float:
+        scores = judge(model, test, 0, 100)
+        spent = round(time.process_time() - started)
+        recent = sum(losses[-50:]) / max(1, len(losses[-50:]))
+        shown = {name: round(value, 3) for name, value in scores.items()}
+        print(f"{now}: {spent} s, loss {recent:.2f},", shown, flush=True)
+        if now != step:
+            rows.extend(rows_of("bert, shipped", "curve", options.seed, now, scores, seconds=spent))
+            # A rate that a schedule has scaled is not the peak.
+            kept = optimizer.state_dict()
+            for group in kept["param_groups"]:
+                group["lr"] = group.pop("initial_lr", group["lr"])
+            state = {"model": model.state_dict(), "optimizer": kept, "rows": rows, "step": now}
+            torch.save(state | {"seconds": time.process_time() - started}, state_file.with_suffix(".part"))
+            os.replace(state_file.with_suffix(".part"), state_file)
+        return scores["masked loss"]
+
+    for first, last in ((0, n_short), (n_short, steps)):
+        if step >= last:
+            continue
+        make = excerpt_pairs if first == 0 else make_pairs
+        seed = (SHORT_SEED if first == 0 else LONG_SEED) + options.seed
+        pairs = Pairs(*make(tokenizer, seed, (last - first) * batch_size + 8 * batch_size)[:2], device)
+
+        def batches(start: int, pairs: Pairs = pairs) -> Iterator[tuple]:
+            for number, places in enumerate(sorted_batches(pairs, batch_size, options.seed, start), start):
+                tokens, segments, mask, labels = pairs.batch(places)
+                generator = torch.Generator(device).manual_seed(options.seed * 1_000_003 + number)
+                hidden, targets = mask_tokens(
+                    tokens,
+                    tokenizer.special_ids,
+                    tokenizer.mask_id,
+                    tokenizer.vocab_size,
+                    Masking(),
+                    generator,
+                )
+                yield (hidden, segments, mask), pretraining_targets(targets, labels)
+
+        # On a CPU the fused attention is slow backwards.
+        fast = (
+            [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        )
+        with sdpa_kernel(fast):
+            train(
+                model,
+                batches(step - first),
+                optimizer,
+                n_steps=last,
+                start_step=step,
+                loss=pretraining_loss,
+                max_grad_norm=1.0,
+                schedule=build_schedule("linear", steps, min(125, steps // 20)),
+                autocast=autocast,
+                evaluate_every=100,
+                on_evaluate=evaluate,
+                on_step=lambda entry: losses.append(entry.loss),
+            )
+        step = last
+    # In 16 bits, judged as they are.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    more = {
+        "seconds": round(time.process_time() - started),
+        "hardware": cpu_name() if device.type == "cpu" else hardware(device),
+        "torch": torch.__version__,
+    }
+    rows += rows_of(
+        "bert, shipped", "run", options.seed, steps, judge(model.eval(), test, 0, options.n_test), **more
+    )
+    about = {
+        "recipe": f"python pretrain_bert.py --ship {options.ship}",
+        "seed": options.seed,
+        "steps": {"excerpts": n_short, "stories": n_long},
+        "batch_size": batch_size,
+        "learning_rate": rate,
+        **more,
+    }
+    save_bert(
+        model,
+        tokenizer,
+        options.output / NAME,
+        dtype=torch.bfloat16,
+        config_name=OWN_CONFIG,
+        replace=True,
+        **about,
+    )
+    (options.output / "ship.json").write_text(json.dumps(rows))
+
+
 def gpt_config() -> GPTConfig:
     """A GPT of the width, depth and vocabulary of our BERT."""
-    c = BERTConfig.preset(PRESET)
+    c = CONFIG
     same = {
         "emb_dim": c.emb_dim,
         "n_heads": c.n_heads,
@@ -465,7 +642,7 @@ def tune_messages(
     messages = load_sms()
     splits = np.array([row.split for row in messages])
     labels = np.array([int(row.label == "spam") for row in messages])
-    length = BERTConfig.preset(PRESET).context_length
+    length = CONTEXT_LENGTH
     ids = [
         tokenizer.build_input(tokenizer.encode_ordinary(row.text), max_length=length)[0] for row in messages
     ]
@@ -517,6 +694,13 @@ def tune_messages(
 
 def new_classifier(options: argparse.Namespace, run: str, pooling: str) -> nn.Module:
     """The network that a run of the messages begins with."""
+    if run.startswith("tales"):
+        return GPTClassifier(load_pretrained(run), 2, pooling)
+    if run.startswith("shipped"):
+        body = load_bert(options.output / NAME if (options.output / NAME).is_dir() else NAME)
+        if "random" in run:
+            body = BERTModel(body.config)
+        return BERTClassifier(body, 2, pooling)
     weights = None
     if "random" not in run:
         name = _file_name("gpt" if run.startswith("gpt") else "bert", "run", SEEDS[0])
@@ -526,7 +710,7 @@ def new_classifier(options: argparse.Namespace, run: str, pooling: str) -> nn.Mo
         if weights:
             body.load_state_dict(weights)
         return GPTClassifier(body, 2, pooling)
-    model = BERTForPreTraining(BERTConfig.preset(PRESET))
+    model = BERTForPreTraining(CONFIG)
     if weights:
         model.load_state_dict(weights)
     return BERTClassifier(model.bert, 2, pooling)
@@ -747,7 +931,9 @@ def collect(folder: Path) -> None:
     """Put the rows of a folder's results into the record beside this script."""
     from shared.notebook.records import replace_rows
 
-    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        rows += json.loads(path.read_text(encoding="utf-8"))
     for row in rows:
         if isinstance(row["value"], float):
             row["value"] = f"{row['value']:.6g}"
@@ -774,6 +960,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that write stories")
     parser.add_argument("--quick", action="store_true", help="one seed, few pairs: only to see that it runs")
     parser.add_argument("--collect", type=Path, help="a folder whose results go into the record")
+    parser.add_argument("--ship", choices=SIZES, help="make the shipped model, on one thread")
+    parser.add_argument("--messages", help="tune on messages: shipped, shipped random, tales-tiny, tales-1m")
+    parser.add_argument("--seed", type=int, default=0, help="of --ship")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.collect:
@@ -787,6 +976,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The GPU's order of sums may differ: repeated runs agree to some digits, not to the last.
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
+    if options.messages:
+        rows = tune_messages(options, options.messages, "run", options.seed, MESSAGE_RATE, "mean")
+        name = f"messages-{_file_name(options.messages, options.seed)}.json"
+        (options.output / name).write_text(json.dumps(rows))
+        return
+    if options.ship:
+        options.output.mkdir(parents=True, exist_ok=True)
+        ship(options)
+        return
     if options.job:
         rows = do_job(options, options.job)
         file = options.scratch / f"job-{_file_name(options.job)}.json"

@@ -1,8 +1,13 @@
-"""placeholder docstring."""
+"""A BERT with a classification head, for `shared.finetuning.tuning.fine_tune`.
 
-from collections.abc import Sequence
+Left out: pairs of texts (all tokens are of the first segment), and one label for each token.
 
-import torch
+Follows Devlin et al. (2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
+Understanding").
+
+Explained and proven in appendix_vit_bert/01_bert.ipynb; written from there by `make promote`.
+"""
+
 from torch import Tensor, nn
 
 from shared.checks import check_choice, require, whole_number

@@ -1,6 +1,18 @@
-"""placeholder docstring."""
+"""BERT: an encoder whose tokens see both sides, and the two heads of its pretraining.
 
-from collections.abc import Sequence
+`BERTModel` gives a vector for each token, and `pool` one for the input; `BERTForPreTraining` adds the
+logits of hidden tokens and of "does the second segment follow?" (0: it does). The blocks are
+`TransformerBlock` with the norms behind the additions.
+
+Left out: relative positions, cross-attention, other heads (a classifier is in
+`shared.finetuning.encoders`), and dropout of attention that differs from the rest.
+
+Follows Devlin et al. (2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
+Understanding") and the weights released with it.
+
+Explained and proven in appendix_vit_bert/01_bert.ipynb; written from there by `make promote`.
+"""
+
 from dataclasses import dataclass, fields
 
 import torch
@@ -10,22 +22,6 @@ from torch import Tensor, nn
 from shared.checks import check_choice, check_dropout, check_sizes, choose, require
 from shared.model.attention import MultiHeadAttention
 from shared.model.layers import ACTIVATIONS, FeedForward, LayerNorm, TransformerBlock
-
-# The two sizes of Devlin et al. (2019; the default is the base), MiniLM's, and our own.
-BERT_PRESETS: dict[str, dict[str, object]] = {
-    "bert-base": {},
-    "bert-large": {"emb_dim": 1024, "n_heads": 16, "n_layers": 24},
-    "minilm-l6": {"emb_dim": 384, "n_layers": 6},
-    "tales-bert": {
-        "vocab_size": 2816,
-        "context_length": 232,
-        "emb_dim": 160,
-        "n_heads": 5,
-        "n_layers": 5,
-        "feed_forward_dim": 512,
-        "dropout": 0.0,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -77,12 +73,30 @@ class BERTConfig:
         return cls(**{**choose("name", name, BERT_PRESETS), **overrides})
 
 
+# The two sizes of Devlin et al. (2019; the default is the base), and MiniLM's.
+BERT_PRESETS: dict[str, dict[str, object]] = {
+    "bert-base": {},
+    "bert-large": {"emb_dim": 1024, "n_heads": 16, "n_layers": 24},
+    "minilm-l6": {"emb_dim": 384, "n_layers": 6},
+}
+
+
 def build_encoder_block(config: BERTConfig) -> TransformerBlock:
     """Return one block: attention in both directions, every map with a bias, the norms behind the additions."""
     attention = MultiHeadAttention(config.emb_dim, config.n_heads, dropout=config.dropout, qkv_bias=True)
     feed_forward = FeedForward(config.emb_dim, config.feed_forward_dim, activation=config.activation)
     norms = [LayerNorm(config.emb_dim, config.norm_eps) for _ in range(2)]
     return TransformerBlock(attention, feed_forward, *norms, dropout=config.dropout, pre_norm=False)
+
+
+@torch.no_grad()
+def initialize_normal(model: nn.Module, std: float) -> None:
+    """Draw all matrices of a model from a normal distribution; norms begin with 1, biases with 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=std)
+        else:
+            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
 
 
 class BERTModel(nn.Module):
@@ -173,16 +187,6 @@ class BERTModel(nn.Module):
     def n_parameters(self) -> int:
         """Number of trained numbers."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-@torch.no_grad()
-def initialize_normal(model: nn.Module, std: float) -> None:
-    """Draw all matrices of a model from a normal distribution; norms begin with 1, biases with 0."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=std)
-        else:
-            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
 
 
 class MaskedTokenHead(nn.Module):

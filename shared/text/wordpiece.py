@@ -1,4 +1,19 @@
-"""placeholder docstring."""
+"""WordPiece, BERT's tokenizer: texts to words, words to the longest pieces that a vocabulary has;
+vocabularies learned and read from files.
+
+`WordPieceTokenizer.encode_ordinary` is for any text, `encode` for texts of your own in which "[MASK]" and
+the like stand for themselves. Results equal those of Hugging Face's `tokenizers` with BERT's settings,
+but for characters that are younger than its tables of Unicode.
+
+Left out: places in the text for each token, other normalizers than BERT's, and the trainer of
+`tokenizers`, which joins by plain counts.
+
+Follows Schuster and Nakajima (2012, "Japanese and Korean Voice Search") for what is learned, Wu et al.
+(2016, "Google's Neural Machine Translation System") and the files of Devlin et al. (2019) for how it is
+applied.
+
+Explained and proven in appendix_vit_bert/01_bert.ipynb; written from there by `make promote`.
+"""
 
 import json
 import math
@@ -6,14 +21,11 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shared.checks import check_path, check_several, check_text, require, whole_number
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-CONTINUATION = "##"
-MOST_CHARACTERS = 100  # of a word: longer ones are unknown, without a search
 # Where Unicode keeps Chinese characters, and where Japanese and Korean ones of the same origin.
 _CHINESE = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
@@ -62,6 +74,9 @@ def _is_punctuation(character: str) -> bool:
     return unicodedata.category(character)[0] == "P"
 
 
+CONTINUATION = "##"
+
+
 def cut_word(word: str, vocabulary: Mapping[str, int]) -> list[str] | None:
     """Cut a word into pieces, from the left, each as long as possible; None if some rest is in no piece.
 
@@ -104,6 +119,17 @@ def likelihood_gain(left: int, right: int, both: int, total: int, same: bool = F
 def join_pieces(left: str, right: str) -> str:
     """Return what two pieces make together: "##ab" and "##c" make "##abc"."""
     return left + right.removeprefix(CONTINUATION)
+
+
+def _joined(pieces: list[str], pair: tuple[str, str], new: str) -> list[str]:
+    """Return the pieces of a word with each such pair replaced, from the left."""
+    result: list[str] = []
+    for piece in pieces:
+        if result and (result[-1], piece) == pair:
+            result[-1] = new
+        else:
+            result.append(piece)
+    return result
 
 
 def train_pieces(counts: Mapping[str, int], n_merges: int) -> list[str]:
@@ -152,15 +178,8 @@ def train_pieces(counts: Mapping[str, int], n_merges: int) -> list[str]:
     return learned
 
 
-def _joined(pieces: list[str], pair: tuple[str, str], new: str) -> list[str]:
-    """Return the pieces of a word with each such pair replaced, from the left."""
-    result: list[str] = []
-    for piece in pieces:
-        if result and (result[-1], piece) == pair:
-            result[-1] = new
-        else:
-            result.append(piece)
-    return result
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MOST_CHARACTERS = 100  # of a word: longer ones are unknown, without a search
 
 
 class WordPieceTokenizer:
@@ -229,6 +248,35 @@ class WordPieceTokenizer:
             ids += [self.ids[part]] if part in SPECIAL_TOKENS else self.encode_ordinary(part)
         return ids
 
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, alphabet: str = "", lowercase: bool = True
+    ) -> "WordPieceTokenizer":
+        """Learn a vocabulary: the special tokens, every character (of the texts and of `alphabet`), then pieces.
+
+        Raises:
+            ValueError: `vocab_size` has no room for the characters, or the texts hold no word.
+            TypeError: `texts` is one text.
+        """
+        check_several("texts", texts)
+        chunks: Counter[str] = Counter()
+        for text in texts:
+            check_text("texts", text)
+            chunks.update(text.split())
+        counts: Counter[str] = Counter()
+        for chunk, n in chunks.items():
+            for word in split_words(normalize(chunk, lowercase)):
+                counts[word] += n
+        require("texts", len(counts), bool(counts), "texts with at least one word")
+        # Every character, alone and inside a word; a mark of punctuation is never inside.
+        characters = sorted({*"".join(counts), *"".join(split_words(normalize(alphabet, lowercase)))})
+        inside = [CONTINUATION + c for c in characters if not _is_punctuation(c)]
+        first = [*SPECIAL_TOKENS, *characters, *inside]
+        whole_number("vocab_size", vocab_size)
+        require("vocab_size", vocab_size, vocab_size >= len(first), f"at least {len(first)}")
+        short = {word: n for word, n in counts.items() if len(word) <= MOST_CHARACTERS}
+        return cls([*first, *train_pieces(short, vocab_size - len(first))], lowercase=lowercase)
+
     def build_input(
         self, first: Sequence[int], second: Sequence[int] | None = None, max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
@@ -265,35 +313,6 @@ class WordPieceTokenizer:
             else:
                 words.append(piece)
         return " ".join(words)
-
-    @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, *, alphabet: str = "", lowercase: bool = True
-    ) -> "WordPieceTokenizer":
-        """Learn a vocabulary: the special tokens, every character (of the texts and of `alphabet`), then pieces.
-
-        Raises:
-            ValueError: `vocab_size` has no room for the characters, or the texts hold no word.
-            TypeError: `texts` is one text.
-        """
-        check_several("texts", texts)
-        chunks: Counter[str] = Counter()
-        for text in texts:
-            check_text("texts", text)
-            chunks.update(text.split())
-        counts: Counter[str] = Counter()
-        for chunk, n in chunks.items():
-            for word in split_words(normalize(chunk, lowercase)):
-                counts[word] += n
-        require("texts", len(counts), bool(counts), "texts with at least one word")
-        # Every character, alone and inside a word; a mark of punctuation is never inside.
-        characters = sorted({*"".join(counts), *"".join(split_words(normalize(alphabet, lowercase)))})
-        inside = [CONTINUATION + c for c in characters if not _is_punctuation(c)]
-        first = [*SPECIAL_TOKENS, *characters, *inside]
-        whole_number("vocab_size", vocab_size)
-        require("vocab_size", vocab_size, vocab_size >= len(first), f"at least {len(first)}")
-        short = {word: n for word, n in counts.items() if len(word) <= MOST_CHARACTERS}
-        return cls([*first, *train_pieces(short, vocab_size - len(first))], lowercase=lowercase)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one piece a line, as in BERT's vocab.txt. Raises OSError if it cannot be written."""

@@ -1,4 +1,16 @@
-"""placeholder docstring."""
+"""BERT's two exercises: tokens hidden, and pairs of segments of which the second follows or not.
+
+`mask_tokens` hides with one draw for each token, so that the shares are exactly those asked for.
+`sentence_pair` never takes the true end for a false one. `pretraining_loss` is the loss for
+`shared.training.loop.train`.
+
+Left out: whole words and spans hidden together, and the order of sentences as an exercise.
+
+Follows Devlin et al. (2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
+Understanding").
+
+Explained and proven in appendix_vit_bert/01_bert.ipynb; written from there by `make promote`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.checks import check_between, require, whole_number
+from shared.checks import check_between, require
 from shared.training.batches import IGNORE
-
-FOLLOWS, OTHER = 0, 1  # the two labels of a pair of segments
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,9 @@ def mask_tokens(
     others = torch.randint(len(ordinary), tokens.shape, generator=generator, device=tokens.device)
     hidden = torch.where(becomes_mask, mask_id, tokens)
     return torch.where(becomes_random, ordinary[others].to(tokens.dtype), hidden), targets
+
+
+FOLLOWS, OTHER = 0, 1  # the two labels of a pair of segments
 
 
 @dataclass(frozen=True)

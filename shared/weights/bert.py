@@ -1,4 +1,15 @@
-"""placeholder docstring."""
+"""Encoders in files: BERTs of transformers read by name, ours written so that transformers reads them.
+
+`load_bert` takes the name of a model that ships or comes with a package, or a folder. All names and
+shapes are checked before a number moves. Old names of the norms' vectors are understood.
+
+Left out: files of PyTorch's own format, which can run code, models in several files, and relatives of
+BERT with other layers (RoBERTa, ALBERT, DistilBERT).
+
+Follows the files that transformers saves.
+
+Explained and proven in appendix_vit_bert/01_bert.ipynb; written from there by `make promote`.
+"""
 
 import json
 import os
@@ -11,7 +22,7 @@ from torch import Tensor
 
 from shared.checks import check_path, require
 from shared.data.models import model_file
-from shared.model.bert import BERT_PRESETS, BERTConfig, BERTForPreTraining, BERTModel
+from shared.model.bert import BERTConfig, BERTForPreTraining, BERTModel
 from shared.text.wordpiece import WordPieceTokenizer
 from shared.weights.files import read_header, read_pieces, weight_files, write_folder
 from shared.weights.pretrained import CHECKPOINTS
