@@ -208,7 +208,9 @@ class BlankFiller:
         if not node.source:
             return [way]
         if node.variable in way.sets:
-            raise ValueError(f"line {node.line}: {node.variable!r} is drawn twice in a plan, which is not supported")
+            raise ValueError(
+                f"line {node.line}: {node.variable!r} is drawn twice in a plan, which is not supported"
+            )
         # The pool may depend on an attribute of another variable.
         ways = [(way, node.source)]
         if node.chooser:
@@ -340,7 +342,9 @@ def count_assignments(sets: Mapping[str, frozenset[Entry]], unequal: frozenset[f
     rest = unequal - {pair}
     if not sets[one] & sets[other]:
         return count_assignments(sets, rest)
-    merged = {name: entries for name, entries in sets.items() if name != other} | {one: sets[one] & sets[other]}
+    merged = {name: entries for name, entries in sets.items() if name != other} | {
+        one: sets[one] & sets[other]
+    }
     renamed = frozenset(frozenset(one if name == other else name for name in others) for others in rest)
     same = 0 if any(len(others) == 1 for others in renamed) else count_assignments(merged, renamed)
     return count_assignments(sets, rest) - same
@@ -353,7 +357,8 @@ def _counts_of(name: str, way: _Way) -> dict[Entry, int]:
         n = count_assignments(way.sets, way.unequal) // len(way.sets[name])
         return dict.fromkeys(way.sets[name], n)
     return {
-        entry: count_assignments({**way.sets, name: frozenset([entry])}, way.unequal) for entry in way.sets[name]
+        entry: count_assignments({**way.sets, name: frozenset([entry])}, way.unequal)
+        for entry in way.sets[name]
     }
 
 

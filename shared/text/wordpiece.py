@@ -340,7 +340,7 @@ class WordPieceTokenizer:
 
 
 def _read_json(content: Mapping) -> tuple[list[str], bool]:
-    """Return the pieces and whether they are lowercase, from the contents of a tokenizer.json; ValueError if not ours."""
+    """Return the pieces and whether they are lowercase, from a tokenizer.json; ValueError if not ours."""
     model, normalizer = content["model"], content["normalizer"]
     lowercase = normalizer["lowercase"]
     for name, found, ours in (

@@ -37,7 +37,9 @@ def test_it_learns_what_only_both_ends_tell() -> None:
     torch.manual_seed(0)
     model = BERTClassifier(BERTModel(CONFIG), 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    fine_tune(model, rows[:500], targets[:500], (rows[500:], targets[500:]), optimizer, n_epochs=12, patience=12)
+    fine_tune(
+        model, rows[:500], targets[:500], (rows[500:], targets[500:]), optimizer, n_epochs=12, patience=12
+    )
     right = label_logits(model, rows[500:]).argmax(1) == torch.tensor(targets[500:])
     assert right.float().mean() > 0.9
 

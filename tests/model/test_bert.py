@@ -37,7 +37,9 @@ def test_equal_to_transformers_with_copied_weights(activation: str, batch: tuple
         logits, follows = ours(tokens, segments, mask)
         found = theirs(input_ids=tokens, token_type_ids=segments, attention_mask=mask.long())
         hidden = theirs.bert(input_ids=tokens, token_type_ids=segments, attention_mask=mask.long())
-        torch.testing.assert_close(ours.bert(tokens, segments, mask)[mask], hidden[0][mask], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            ours.bert(tokens, segments, mask)[mask], hidden[0][mask], atol=1e-5, rtol=0
+        )
         torch.testing.assert_close(
             ours.bert.pool(ours.bert(tokens, segments, mask)), hidden[1], atol=1e-5, rtol=0
         )
@@ -65,7 +67,10 @@ def test_gradients_are_transformers_gradients(batch: tuple) -> None:
         next_sentence_label=follows,
     ).loss.backward()
     torch.testing.assert_close(
-        ours.bert.token_embedding.weight.grad, theirs.bert.embeddings.word_embeddings.weight.grad, atol=1e-6, rtol=1e-4
+        ours.bert.token_embedding.weight.grad,
+        theirs.bert.embeddings.word_embeddings.weight.grad,
+        atol=1e-6,
+        rtol=1e-4,
     )
 
 
@@ -134,9 +139,13 @@ def test_bad_input(batch: tuple) -> None:
         model(tokens + 99)
     with pytest.raises(ValueError, match="tokens must be at most context_length=24 long, got 25"):
         model(torch.zeros(1, 25, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"tokens must be \(batch, tokens\), at least one of each, got \(0, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"tokens must be \(batch, tokens\), at least one of each, got \(0, 5\)"
+    ):
         model(torch.zeros(0, 5, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"tokens must be \(batch, tokens\), at least one of each, got \(2, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"tokens must be \(batch, tokens\), at least one of each, got \(2, 0\)"
+    ):
         model(torch.zeros(2, 0, dtype=torch.int64))
     with pytest.raises(ValueError, match="mask must have a real token in each row, got a row of zeros"):
         model(tokens, segments, mask & (torch.arange(3) > 0)[:, None])

@@ -70,9 +70,13 @@ def strange_text(rng: random.Random, words: list[str]) -> str:
         elif kind == 5:
             parts.append("".join(rng.choice(OLD) for _ in range(rng.randint(1, 6))))
         elif kind == 6:
-            parts.append(rng.choice(["a", "ab", "é", "字", "x-"]) * rng.choice([30, 49, 50, 51, 99, 100, 101, 300]))
+            parts.append(
+                rng.choice(["a", "ab", "é", "字", "x-"]) * rng.choice([30, 49, 50, 51, 99, 100, 101, 300])
+            )
         else:
-            parts.append(rng.choice([" ", "\t", "\n", "\u00a0", "\u3000", "\u200b", "\u0301", "'", "...", "$", "\x00"]))
+            parts.append(
+                rng.choice([" ", "\t", "\n", "\u00a0", "\u3000", "\u200b", "\u0301", "'", "...", "$", "\x00"])
+            )
         parts.append(rng.choice(["", " ", " "]))
     return "".join(parts)
 
@@ -186,7 +190,9 @@ def test_both_segments_are_cut_to_fit_the_longer_first(tiny: WordPieceTokenizer)
 def test_bad_input(tiny: WordPieceTokenizer, tmp_path) -> None:
     with pytest.raises(ValueError, match="without a piece that stands there twice"):
         WordPieceTokenizer([*PIECES, "un"])
-    with pytest.raises(ValueError, match=r"vocabulary must be one with all special tokens, got 'one without \[MASK\]'"):
+    with pytest.raises(
+        ValueError, match=r"vocabulary must be one with all special tokens, got 'one without \[MASK\]'"
+    ):
         WordPieceTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"])
     with pytest.raises(TypeError, match="text must be a str"):
         tiny.encode_ordinary(b"play")

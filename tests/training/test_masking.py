@@ -62,7 +62,8 @@ def test_nothing_and_everything() -> None:
 def test_the_same_generator_gives_the_same_masks() -> None:
     tokens = torch.arange(5, 105).view(4, 25)
     one, other = (
-        mask_tokens(tokens, SPECIAL, MASK, VOCAB, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+        mask_tokens(tokens, SPECIAL, MASK, VOCAB, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
     )
     assert torch.equal(one[0], other[0])
     assert torch.equal(one[1], other[1])

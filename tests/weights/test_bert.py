@@ -71,7 +71,10 @@ def test_minilm_equals_transformers() -> None:
     folder = model_file("all-minilm-l6-v2").parent
     theirs, ours = BertModel.from_pretrained(folder).eval(), load_bert("all-minilm-l6-v2")
     tokenizer = load_bert_tokenizer("all-minilm-l6-v2")
-    rows = [tokenizer.build_input(tokenizer.encode_ordinary(text))[0] for text in ("A cat sat.", "字 and naïve words")]
+    rows = [
+        tokenizer.build_input(tokenizer.encode_ordinary(text))[0]
+        for text in ("A cat sat.", "字 and naïve words")
+    ]
     longest = max(map(len, rows))
     mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -92,7 +95,9 @@ def test_what_we_write_transformers_reads(tmp_path: Path) -> None:
     save_bert(ours, tokenizer, tmp_path / "ours", seed=7)
     theirs = BertForPreTraining.from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
-        torch.testing.assert_close(ours(TOKENS)[0], theirs(input_ids=TOKENS).prediction_logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            ours(TOKENS)[0], theirs(input_ids=TOKENS).prediction_logits, atol=1e-5, rtol=1e-5
+        )
     assert load_bert_tokenizer(tmp_path / "ours").pieces == tokenizer.pieces
     again = load_bert(tmp_path / "ours", pretraining=True)
     for one, other in zip(ours.parameters(), again.parameters(), strict=True):
@@ -131,7 +136,10 @@ def test_a_file_that_does_not_fit_changes_nothing(folder: Path) -> None:
     for change, message in (
         ({"bert.pooler.dense.weight": None}, r"bert\.pooler\.dense\.weight is missing in the file"),
         ({"bert.extra": torch.ones(1)}, r"bert\.extra has no place in the model"),
-        ({"bert.pooler.dense.bias": torch.ones(5)}, r"bert\.pooler\.dense\.bias must be of shape \(24,\), got \(5,\)"),
+        (
+            {"bert.pooler.dense.bias": torch.ones(5)},
+            r"bert\.pooler\.dense\.bias must be of shape \(24,\), got \(5,\)",
+        ),
     ):
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         save_file(changed, file)
@@ -164,7 +172,9 @@ def test_configurations_that_ask_for_something_else(change: dict, message: str) 
 
 
 def test_unknown_names_and_folders(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="name_or_path must be one of all-minilm-l6-v2, tales-bert, or a folder"):
+    with pytest.raises(
+        ValueError, match="name_or_path must be one of all-minilm-l6-v2, tales-bert, or a folder"
+    ):
         load_bert("bert-tiny")
     with pytest.raises(FileNotFoundError):
         load_bert(tmp_path)
