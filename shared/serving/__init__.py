@@ -5,6 +5,7 @@
 - `texts`: texts that a model goes on with.
 - `terminal`: what the commands share: input, output, and errors of one line.
 - `exporting`: what `llm export` writes.
+- `adapting`: what `llm adapt` does: a classifier of your own.
 - `chat`: a conversation in a terminal.
 - `cli`: the program `llm`.
 """
