@@ -6,11 +6,12 @@
     llm classify spam "Win a prize now"           a label
     llm embed MODEL < texts.txt                   a vector for each line
     llm export tales-3m tales.gguf --to gguf      a file for other programs
+    llm serve                                     a service that speaks OpenAI's protocol
 
 A model is a name, a folder or a `.gguf` file; `generate` takes an `.onnx` file, too, and then needs no torch. Exit
 status: 0 done, 1 failed, 2 not understood, 130 ended by Ctrl-C. What takes long is imported when it is needed.
 
-Left out: adapters, images, and a server; their chapters bring them.
+Left out: adapters and images; their chapters bring them.
 """
 
 import sys
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shared.serving import serve
 from shared.serving.terminal import (
     FAILED,
     INTERRUPTED,
@@ -341,6 +343,10 @@ def info(
     else:
         width = max(map(len, found))
         write("\n".join(f"{name:{width}}  {value}" for name, value in found.items()))
+
+
+app.command()(guarded(serve.serve))
+app.command()(guarded(serve.key))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
