@@ -6,11 +6,11 @@ Explained and proven in deployment/03_web_service.ipynb; written from there by `
 """
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,10 +85,11 @@ class CacheRows:
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros; on the CPU they take memory only where they are written to (torch's own fill all of it)."""
+    """Return zeros; on the CPU their memory is taken page by page, where they are written to (torch takes all of it)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # the system promises zeros
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 # A call of attention costs about as much as reading this many keys for nothing (1 thread, heads of 64).
