@@ -53,12 +53,13 @@ REFUSALS = {
     413: "The body is too large.",
     415: "The body is not `application/json`.",
     429: "Too many requests wait; `Retry-After` says when to come again.",
+    431: "The head of the request is too large.",
     500: "A fault of the server.",
     503: "The server is about to end.",
     504: "The reply was not complete in time.",
 }
-OPEN = (400, 403, 408, 413, 500)
-KEYED = (400, 401, 403, 408, 413, 500, 503)
+OPEN = (400, 403, 408, 413, 431, 500)
+KEYED = (400, 401, 403, 408, 413, 431, 500, 503)
 Seconds = Annotated[
     float | None,
     Header(
@@ -327,9 +328,9 @@ async def embed(request: Request, body: EmbeddingRequest, seconds: Seconds = Non
 async def classify(request: Request, body: ClassifyRequest, seconds: Seconds = None) -> Response:
     """Say which label each text has, and how probable each label is."""
     service: Service = request.app.state.service
-    if service.classifier is None:
+    name = service.classifier_name
+    if name is None:
         raise ApiError(404, "this server has no classifier", code="model_not_found", param="model")
-    name = service.classifier[0]
     if body.model not in (None, name):
         raise not_found(body.model or "", [name])
     texts = [body.input] if isinstance(body.input, str) else body.input

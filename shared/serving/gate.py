@@ -112,6 +112,12 @@ class Gate:
             raise ApiError(
                 403, "the header Host names another host than this one", headers={"Connection": "close"}
             )
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        if (
+            size + sum(len(name) + len(value) for name, value in scope["headers"])
+            > self.service.limits.max_head_bytes
+        ):
+            raise ApiError(431, "the head of the request is too large", headers={"Connection": "close"})
         path = scope["path"]
         if path in OPEN_PATHS:
             return

@@ -33,7 +33,7 @@ class Limits:
         max_new_tokens: Most tokens of a continuation; None is what the context has room for.
         max_sequences: Most sequences of a request: prompts times `n`.
         max_inputs: Most texts of a request to `/v1/embeddings` or `/v1/classify`.
-        max_body_bytes: Of a request.
+        max_head_bytes, max_body_bytes: Of a request.
         max_connections: Open at a time.
         head_s, body_s: Seconds for the head of a request, and for its body.
         write_s: Seconds without progress after which a peer that does not read is given up.
@@ -49,6 +49,7 @@ class Limits:
     max_new_tokens: int | None = None
     max_sequences: int = 16
     max_inputs: int = 256
+    max_head_bytes: int = 16_384
     max_body_bytes: int = 1_000_000
     max_connections: int = 512
     head_s: float = 10.0

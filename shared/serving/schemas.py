@@ -58,7 +58,7 @@ class Writing(Body):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     max_tokens: Annotated[Whole, Field(ge=1, le=10**9)] | None = Field(
-        None, description="Most tokens to write."
+        None, description="Most tokens to write; fewer where there is room for fewer."
     )
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = Field(
         None, description="How many continuations."

@@ -1,6 +1,8 @@
 """The commands `llm serve` and `llm key`: a model behind HTTP, and keys for those who may call it."""
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,15 +110,18 @@ def serve(
 
         from shared.serving import logs
         from shared.serving.api import create_app
-        from shared.serving.models import open_model
+        from shared.serving.models import model_names, open_model
         from shared.serving.security import KeyRing
         from shared.serving.service import Service
+        from shared.weights.pretrained import ALIASES
 
         logs.set_up(log_level)
         if threads is not None:
             torch.set_num_threads(threads)
         name = check_utf8("MODEL", model) if model is not None else default_model()
         found = open_model(name, dtype=dtype, tokenizer=tokenizer)
+        if name not in {*model_names(), *ALIASES}:  # a path is nobody's business
+            found = replace(found, name=Path(name).stem)
         service = Service(found, limits, find_classifier(classifier))
         service.warm_up()
         hosts = allowed_host or (LOOPBACK if is_local else ())
@@ -128,8 +133,8 @@ def serve(
             logs.log(
                 "listening",
                 url=server.url_of(bound),
-                model=name,
-                classifier=service.classifier[0] if service.classifier else None,
+                model=found.name,
+                classifier=service.classifier_name,
                 keys=len(hashes or {}),
                 seconds=round(time.monotonic() - started, 3),
             )
@@ -149,14 +154,19 @@ def default_model() -> str:
     return FALLBACK
 
 
-def find_classifier(name: str | None) -> "tuple[str, TextClassifier] | None":
-    """Return the classifier of a name; without a name the shipped one, or None where its base is missing."""
+def find_classifier(name: str | None) -> "tuple[str, Callable[[], TextClassifier]] | None":
+    """Return the name of a classifier and what loads it.
+
+    One that was named is loaded at once, so that errors come before anybody is served. Without a name it is the shipped
+    one, loaded when it is first asked, or None where its base is missing.
+    """
     from shared.data.models import has_model
     from shared.finetuning.classification import load_classifier
 
     if name is not None:
-        return name, load_classifier(check_utf8("--classifier", name))
-    return (CLASSIFIER, load_classifier(CLASSIFIER)) if has_model(DEFAULT) else None
+        found = load_classifier(check_utf8("--classifier", name))
+        return Path(name).stem, lambda: found
+    return (CLASSIFIER, lambda: load_classifier(CLASSIFIER)) if has_model(DEFAULT) else None
 
 
 def key(

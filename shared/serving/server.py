@@ -69,6 +69,7 @@ class Server(uvicorn.Server):
                 loop="asyncio",
                 log_config=None,
                 access_log=False,
+                h11_max_incomplete_event_size=limits.max_head_bytes,
                 server_header=False,
                 proxy_headers=False,
                 backlog=BACKLOG,

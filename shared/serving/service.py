@@ -5,7 +5,7 @@ Nothing here knows of HTTP but the kind of its errors. Left out: several models 
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +34,7 @@ class Service:
     Args:
         opened: The model, with a tokenizer.
         limits: What is taken.
-        classifier: For `/v1/classify`, with its name; None if there is none.
+        classifier: For `/v1/classify`: its name, and what loads it when it is first asked; None if there is none.
 
     Attributes:
         name: Of the model, for clients.
@@ -48,9 +48,12 @@ class Service:
         self,
         opened: OpenedModel,
         limits: Limits | None = None,
-        classifier: tuple[str, TextClassifier] | None = None,
+        classifier: tuple[str, Callable[[], TextClassifier]] | None = None,
     ) -> None:
-        self.limits, self.metrics, self.classifier = limits or Limits(), Metrics(), classifier
+        self.limits, self.metrics = limits or Limits(), Metrics()
+        self.classifier_name = None if classifier is None else classifier[0]
+        self._load_classifier = None if classifier is None else classifier[1]
+        self._classifier: asyncio.Future[TextClassifier] | None = None
         self.name, self.model, self.tokenizer = opened.name, opened.model, opened.needed_tokenizer()
         self.chat_format, self.created, self.draining = opened.chat_format, int(time.time()), False
         # A special token in a continuation ends it, so that no reply holds one; what is no token is never chosen.
@@ -206,12 +209,10 @@ class Service:
                 raise ApiError(400, f"{param} must hold ids below {vocab_size}", param=param)
             # The last token that is written is not read, so it needs no room.
             room = self.context_length + 1 - len(ids)
-            most = min(room, self.limits.max_new_tokens or room)
-            wanted = max_tokens or min(default_max or most, most)
-            if room < 1 or wanted > room:
-                raise self._too_long(param, f"{len(ids)} and {max(wanted, 1)}")
-            if wanted > most:
-                raise ApiError(400, f"max_tokens must be at most {most}", param="max_tokens")
+            if room < 1:
+                raise self._too_long(param, f"{len(ids)} without what is to be written")
+            # "At most so many" also where there is room for fewer: many clients ask for a thousand whatever is said.
+            wanted = min(max_tokens or default_max or room, self.limits.max_new_tokens or room, room)
             options = self._options(request, wanted)
             for choice in range(n):
                 index = number * n + choice
@@ -258,10 +259,20 @@ class Service:
 
         return await self.worker.call(compute)
 
+    async def _loaded_classifier(self) -> TextClassifier:
+        """Return the classifier, loaded once, where it holds up nobody."""
+        assert self._load_classifier is not None
+        if self._classifier is None:
+            self._classifier = asyncio.get_running_loop().run_in_executor(None, self._load_classifier)
+        try:
+            return await asyncio.shield(self._classifier)
+        except Exception:
+            self._classifier = None  # the next one may have more luck
+            raise
+
     async def classify(self, text: str) -> dict[str, float]:
         """Return label -> probability for a text; computed between two steps."""
-        assert self.classifier is not None
-        _, classifier = self.classifier
+        classifier = await self._loaded_classifier()
         limit, encoding = classifier.body.config.context_length, classifier.encoding
         n_tokens = 0
         if text and len(text) <= 100 * limit:
