@@ -5,6 +5,7 @@ the caller's, 5xx ours. A message names the field and what is allowed; what was 
 cannot reach a log or another person's screen.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,5 +92,6 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     # The place in the body; what stands in brackets is the library's name for one of several allowed kinds.
     place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(part for part in place if "[" not in part and part not in ("str", "list", "int"))
+    kinds = re.compile(r"str|int|float|list|.*[\[-].*")
+    param = ".".join(part for part in place if not kinds.fullmatch(part))
     return ApiError(400, f"{param or 'the body'}: {first['msg']}", param=param or None).response()

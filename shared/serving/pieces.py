@@ -101,8 +101,8 @@ class TextWriter:
             certain = len(self._held) - max((overlap(self._held, stop) for stop in self.stops), default=0)
         text, self._held = self._held[:certain], self._held[certain:]
         self._given += len(text)
-        # A token goes with the text that it begins in; at the end, and where nothing is held, all of them do.
-        everything = not self.stopped and not self._held
+        # A token goes with the first character of its text; at the end all of them go.
+        everything = final and not self.stopped
         n = sum(everything or info.offset < self._given for info in self._infos)
         infos, self._infos = self._infos[:n], self._infos[n:]
         return text, infos
