@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from shared.serving.errors import ApiError, not_found, on_api_error, on_http_error, on_invalid, unsupported
 from shared.serving.gate import Gate
 from shared.serving.limits import BodyGuard
-from shared.serving.replies import EventStream, ReplyForm, attended, collect, events_of, usage_of
+from shared.serving.replies import Deadline, EventStream, ReplyForm, attended, collect, events_of, usage_of
 from shared.serving.schemas import (
     ChatCompletion,
     ChatRequest,
@@ -49,7 +49,7 @@ REFUSALS = {
     401: "The key is missing or unknown.",
     403: "The request names another host than this one.",
     404: "There is no such model here.",
-    408: "The request did not come in time.",
+    408: "The request did not come in time, or the reply not in the time that the client allowed.",
     413: "The body is too large.",
     415: "The body is not `application/json`.",
     429: "Too many requests wait; `Retry-After` says when to come again.",
@@ -172,10 +172,11 @@ asked = APIRouter(route_class=StrictJson, dependencies=[Security(bearer)])
 operated = APIRouter()
 
 
-def deadline_of(request: Request, seconds: float | None) -> float:
+def deadline_of(request: Request, seconds: float | None) -> Deadline:
     """Return when a reply must be complete: the server's limit, or earlier where the client says so."""
     limit = request.app.state.service.limits.request_s
-    return request.state.started + min(limit, seconds or limit)
+    is_own = seconds is not None and seconds < limit
+    return Deadline(request.state.started + (seconds if is_own else limit), is_own)
 
 
 # --- models

@@ -23,6 +23,7 @@ from shared.serving.pieces import Piece, TokenInfo
 from shared.serving.worker import Job, Worker
 
 LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
+TIMEOUT = "timeout"
 QUIET_S = (
     15.0  # after so long without a piece a comment is sent, so that nobody on the way ends the connection
 )
@@ -158,32 +159,45 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
-async def attended(receive: Receive, work: Callable[[], Any], deadline: float) -> Any:
+@dataclass(frozen=True)
+class Deadline:
+    """When a reply must be complete.
+
+    Attributes:
+        at: Of `time.monotonic`.
+        is_own: Whether the client has set it, and not the server.
+    """
+
+    at: float
+    is_own: bool
+
+    def error(self) -> ApiError:
+        """Return the error for a reply that was not complete in time: 408 where the client allowed less than we."""
+        status = 408 if self.is_own else 504
+        return ApiError(status, "the reply was not complete in time", code=TIMEOUT)
+
+
+async def attended(receive: Receive, work: Callable[[], Any], deadline: Deadline) -> Any:
     """Return the result of some work, which is cancelled when its client leaves or its time is over.
 
     Raises:
         ClientDisconnect: The client has left.
-        ApiError: The deadline has passed (504).
+        ApiError: The deadline has passed (408, 504).
     """
     task, gone = asyncio.ensure_future(work()), asyncio.ensure_future(until_gone(receive))
     try:
-        seconds = deadline - time.monotonic()
+        seconds = deadline.at - time.monotonic()
         await asyncio.wait({task, gone}, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if gone.done():
             raise ClientDisconnect
-        raise deadline_passed()
+        raise deadline.error()
     finally:
         for each in (task, gone):
             each.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
-
-
-def deadline_passed() -> ApiError:
-    """Return the error for a reply that was not complete in time."""
-    return ApiError(504, "the reply was not complete in time", code="timeout")
 
 
 async def collect(worker: Worker, jobs: Sequence[Job]) -> list[Piece]:
@@ -209,7 +223,8 @@ async def events_of(form: ReplyForm, worker: Worker, jobs: Sequence[Job]) -> Asy
             yield first
         while open_:
             try:
-                piece = await asyncio.wait_for(pieces.get(), QUIET_S)
+                async with asyncio.timeout(QUIET_S):  # `wait_for` of Python 3.11 may swallow that we are cancelled
+                    piece = await pieces.get()
             except TimeoutError:
                 yield b": still here\n\n"
                 continue
@@ -234,13 +249,15 @@ class EventStream(Response):
 
     Args:
         events: What is sent.
-        deadline: When it must be complete, of `time.monotonic`.
+        deadline: When it must be complete.
         on_end: Called at the end with "done", "left", "deadline" or "failed".
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], deadline: float, on_end: Callable[[str], None]) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], deadline: Deadline, on_end: Callable[[str], None]
+    ) -> None:
         super().__init__(headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.events, self.deadline, self.on_end = events, deadline, on_end
@@ -260,7 +277,7 @@ class EventStream(Response):
             how = "left"
             return
         except ApiError as error:
-            how, last = "deadline" if error.status == 504 else "failed", event(error.body())
+            how, last = "deadline" if error.code == TIMEOUT else "failed", event(error.body())
         except BaseException:
             how = "failed"
             raise
