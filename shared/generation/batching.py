@@ -1,4 +1,14 @@
-"""Continuous batching.
+"""Continuous batching: many requests over one model and one cache; they join and leave between two steps.
+
+`BatchEngine.submit` queues a prompt, `step` runs the model once for everybody, `cancel` ends a request.
+Long prompts are read in pieces, equal beginnings are computed once, and each text is what its prompt
+becomes alone.
+
+Left out: text and stop strings (`shared.generation.streaming`), HTTP (`shared.serving`), priorities, and
+several models at once.
+
+Follows Yu et al. (2022, "Orca") on joining and leaving, Agrawal et al. (2024, "Sarathi-Serve") on prompts
+in pieces.
 
 Explained and proven in deployment/03_web_service.ipynb; written from there by `make promote`.
 """
@@ -198,6 +208,18 @@ class BatchEngine:
             row, request.row = self._rows[request.row], None
             row.request, row.last_used = None, self._n_steps
 
+    def _find_shared(self, request: Request) -> tuple[int | None, int]:
+        """Return the row that begins most like a prompt, and in how many tokens; None for a row: better wait."""
+        if not self.share_prefixes:
+            return 0, 0
+        prompt = request.prompt[:-1]  # the last token is read in any case: its logits are needed
+        held = [n_common(row.held, prompt) for row in self._rows]
+        most = max(held)
+        coming = max((n_common(other.prompt, prompt) for other in self._reading), default=0)
+        if coming > most and coming >= self.MIN_SHARED:
+            return None, 0
+        return held.index(most), most if most >= self.MIN_SHARED else 0
+
     def _admit(self) -> None:
         """Give free rows to waiting requests, in the order in which they came."""
         for request in list(islice(self._waiting, len(self._rows))):
@@ -222,18 +244,6 @@ class BatchEngine:
             self.prefix_hits += n_shared > 0
             self.n_shared_tokens += n_shared
 
-    def _find_shared(self, request: Request) -> tuple[int | None, int]:
-        """Return the row that begins most like a prompt, and in how many tokens; None for a row: better wait."""
-        if not self.share_prefixes:
-            return 0, 0
-        prompt = request.prompt[:-1]  # the last token is read in any case: its logits are needed
-        held = [n_common(row.held, prompt) for row in self._rows]
-        most = max(held)
-        coming = max((n_common(other.prompt, prompt) for other in self._reading), default=0)
-        if coming > most and coming >= self.MIN_SHARED:
-            return None, 0
-        return held.index(most), most if most >= self.MIN_SHARED else 0
-
     def _plan(self) -> list[tuple[Request, Piece]]:
         """Return what the next pass reads: the newest token of each text, and pieces of prompts up to the limit."""
         plan = []
@@ -253,6 +263,34 @@ class BatchEngine:
             plan.append((request, Piece(request.row, begin, tokens, needs_logits=is_last)))
             self._reading.rotate(-1)
         return plan
+
+    def _choose(self, requests: list[Request], logits: Tensor) -> list[int | None]:
+        """Return the next token of each request; None where its logits (requests, vocab_size) are no numbers."""
+        tokens: list[int | None] = [None] * len(requests)
+        is_sound = logits.amax(dim=-1).isfinite().tolist() if requests else []
+        # Requests with equal processors go together, but one whose processors look at its text goes by itself.
+        groups: dict[tuple, list[int]] = {}
+        for place, request in enumerate(requests):
+            if is_sound[place]:
+                reads_text = not all(isinstance(processor, TEXT_FREE) for processor in request.processors)
+                key = (request.processors, request.uniforms is not None, place if reads_text else None)
+                groups.setdefault(key, []).append(place)
+        for (processors, is_random, alone), places in groups.items():
+            found = logits if len(places) == len(requests) else logits[places]
+            uniforms = torch.zeros(len(places), dtype=torch.float64)
+            if processors:
+                texts = [[0]] * len(places)  # nobody looks at them
+                if alone is not None:
+                    texts = [requests[alone].prompt + requests[alone].generated]
+                found = apply_processors(processors, torch.tensor(texts, device=logits.device), found)
+            if is_random:
+                drawn = [requests[place].uniforms[len(requests[place].generated)] for place in places]
+                uniforms = torch.stack(drawn)
+            for place, token in zip(
+                places, choose_tokens(found, float(is_random), uniforms).tolist(), strict=True
+            ):
+                tokens[place] = token
+        return tokens
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -292,34 +330,6 @@ class BatchEngine:
         if len(request.generated) == request.max_new_tokens:
             self._end(request, "length")
         return Event(request, token, logprob, top, request.finish_reason)
-
-    def _choose(self, requests: list[Request], logits: Tensor) -> list[int | None]:
-        """Return the next token of each request; None where its logits (requests, vocab_size) are no numbers."""
-        tokens: list[int | None] = [None] * len(requests)
-        is_sound = logits.amax(dim=-1).isfinite().tolist() if requests else []
-        # Requests with equal processors go together, but one whose processors look at its text goes by itself.
-        groups: dict[tuple, list[int]] = {}
-        for place, request in enumerate(requests):
-            if is_sound[place]:
-                reads_text = not all(isinstance(processor, TEXT_FREE) for processor in request.processors)
-                key = (request.processors, request.uniforms is not None, place if reads_text else None)
-                groups.setdefault(key, []).append(place)
-        for (processors, is_random, alone), places in groups.items():
-            found = logits if len(places) == len(requests) else logits[places]
-            uniforms = torch.zeros(len(places), dtype=torch.float64)
-            if processors:
-                texts = [[0]] * len(places)  # nobody looks at them
-                if alone is not None:
-                    texts = [requests[alone].prompt + requests[alone].generated]
-                found = apply_processors(processors, torch.tensor(texts, device=logits.device), found)
-            if is_random:
-                drawn = [requests[place].uniforms[len(requests[place].generated)] for place in places]
-                uniforms = torch.stack(drawn)
-            for place, token in zip(
-                places, choose_tokens(found, float(is_random), uniforms).tolist(), strict=True
-            ):
-                tokens[place] = token
-        return tokens
 
     @property
     def n_running(self) -> int:

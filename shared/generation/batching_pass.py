@@ -1,6 +1,11 @@
 """One pass of a model over pieces of many texts, whose keys and values lie in one storage.
 
-Left out: caches in pages, kernels of our own.
+All tokens that are read now stand in one list, whoever they belong to; only attention parts them. So
+texts of different lengths need no padding, and a prompt can be read beside texts that are being written.
+
+Left out: caches in pages, kernels of our own, models other than `GPTModel`.
+
+Follows Yu et al. (2022, "Orca", selective batching).
 
 Explained and proven in deployment/03_web_service.ipynb; written from there by `make promote`.
 """
@@ -85,7 +90,7 @@ class CacheRows:
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros; on the CPU their memory is taken page by page, where they are written to (torch takes all of it)."""
+    """Return zeros; on the CPU their memory is taken page by page, where they are written to."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # the system promises zeros
