@@ -1,6 +1,6 @@
 """Load and ill treatment for `llm serve`: what it does to a server, measured from outside.
 
-    python -m deployment.serve_load streams                 32 streams at once beside one at a time (and --llama)
+    python -m deployment.serve_load streams                 32 streams at once, one at a time, --llama 3: llama.cpp
     python -m deployment.serve_load cancels                 2,000 requests of which many are broken off
     python -m deployment.serve_load malformed               500 requests that are none
     python -m deployment.serve_load steady --minutes 10     load, and the memory it leaves
@@ -53,43 +53,51 @@ def throughput(
     return sum(answer.n_tokens for answer in answers) / seconds, answers
 
 
-def streams(model: str, n: int, n_tokens: int, threads: int, llama: bool) -> bool:
-    """Compare n streams at once with one at a time, and with llama.cpp's server; say how equal the texts are."""
-    texts = prompts(n)
-    with Served(model, "--threads", str(threads)) as server:
-        throughput(server.url, server.model, ["Once"], 4, 1)
-        many, at_once = throughput(server.url, server.model, texts, n_tokens, n)
-        one, alone = throughput(server.url, server.model, texts, n_tokens, 1)
+def streams(model: str, n: int, n_tokens: int, threads: int, rounds: int) -> bool:
+    """Compare n streams at once with one at a time, and with llama.cpp's server; return whether all is as it must be.
+
+    Ours and theirs take turns, so that what else the machine does hits both; the ratio is taken within a round. Each
+    round has prompts of its own, so that no server knows their beginnings.
+    """
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Served(model, "--threads", str(threads)))
+        others = {"ours": (server.url, server.model)}
+        if rounds:
+            others["llama.cpp"] = (stack.enter_context(llama_server(n, threads)), "m")
+        speeds: dict[str, list[float]] = {name: [] for name in others}
+        for number in range(max(1, rounds)):
+            texts = [f"{text}, {number}" if number else text for text in prompts(n)]
+            for name, (url, known_as) in others.items():
+                if not number:
+                    throughput(url, known_as, ["Once"], 4, 1)
+                speed, answers = throughput(url, known_as, texts, n_tokens, n)
+                speeds[name].append(round(speed, 1))
+                if not number and name == "ours":
+                    at_once = answers
+        one, alone = throughput(server.url, server.model, prompts(n), n_tokens, 1)
     n_equal = sum(a.text == b.text for a, b in zip(at_once, alone, strict=True))
-    gaps = [b - a for answer in at_once for a, b in zip(answer.times, answer.times[1:], strict=False)]
+    gaps = sorted(b - a for answer in at_once for a, b in zip(answer.times, answer.times[1:], strict=False))
+    ours = statistics.median(speeds["ours"])
     report(
         "streams",
         model=model,
         at_once=n,
         tokens=n_tokens,
         threads=threads,
-        tokens_per_s=round(many, 1),
+        tokens_per_s=speeds["ours"],
         one_at_a_time=round(one, 1),
-        ratio=round(many / one, 2),
+        ratio=round(ours / one, 2),
         equal_texts=n_equal,
         first_token_s=round(statistics.median(answer.times[0] for answer in at_once), 3),
         between_tokens_s=round(statistics.median(gaps), 4),
-        between_tokens_s_99=round(sorted(gaps)[int(0.99 * len(gaps))], 4),
+        between_tokens_s_99=round(gaps[int(0.99 * len(gaps))], 4),
     )
-    ok = n_equal == n and all(answer.complete for answer in at_once + alone)
-    if llama:
-        # Their server takes the same prompts over the same protocol; each as often as ours, the better one counts.
-        with llama_server(n, threads) as url:
-            throughput(url, "m", ["Once"], 4, 1)
-            theirs = max(throughput(url, "m", texts, n_tokens, n)[0] for _ in range(2))
+    if rounds:
+        ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
         report(
-            "llama.cpp",
-            at_once=n,
-            threads=threads,
-            tokens_per_s=round(theirs, 1),
-            ours_to_theirs=round(many / theirs, 2),
+            "llama.cpp", tokens_per_s=speeds["llama.cpp"], ours_to_theirs=round(statistics.median(ratios), 2)
         )
-    return ok
+    return n_equal == n and all(answer.complete for answer in at_once + alone)
 
 
 @contextlib.contextmanager
@@ -282,8 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--llama", action="store_true", help="also llama.cpp's server")
+    parser.add_argument("--llama", type=int, default=0, help="rounds beside llama.cpp's server")
     options = parser.parse_args(arguments)
+    if arguments is None:  # whoever ends us ends our servers, too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if options.what == "llama-server":
         run_llama_server(*options.numbers)
         return 0

@@ -360,8 +360,8 @@ def check_count(service: Service, inputs: Sequence[object]) -> None:
 @operated.get("/healthz", response_model=Status, responses=refusals(*OPEN, 503), tags=["operation"])
 async def health(request: Request) -> dict[str, str]:
     """Say whether the process lives; if not, it should be started anew."""
-    if not request.app.state.service.worker.is_alive:
-        raise ApiError(503, "the engine has stopped")
+    if not request.app.state.service.is_healthy:
+        raise ApiError(503, "the engine has stopped, or fails again and again")
     return {"status": "ok"}
 
 

@@ -2,13 +2,14 @@
 
 A log is kept for long and read by many; a prompt in it is a copy nobody decided on. What is logged of a request: its
 id, where it went, how it ended, how long it took and how many tokens. With `log_texts` of the server, prompts and
-replies too.
+replies too. Of an error its kind and place are logged, not its message, which may repeat a value.
 """
 
 import json
 import logging
 import sys
 import time
+import traceback
 from typing import Any
 
 LOGGER = logging.getLogger("llm.serve")
@@ -27,7 +28,8 @@ class JsonLines(logging.Formatter):
         }
         line |= getattr(record, "fields", {})
         if record.exc_info and record.exc_info[0] is not None:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["error"] = record.exc_info[0].__name__
+            line["traceback"] = "".join(traceback.format_tb(record.exc_info[2]))
         return json.dumps(line, ensure_ascii=False, default=str)
 
 

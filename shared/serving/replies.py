@@ -223,7 +223,9 @@ async def events_of(form: ReplyForm, worker: Worker, jobs: Sequence[Job]) -> Asy
             yield first
         while open_:
             try:
-                async with asyncio.timeout(QUIET_S):  # `wait_for` of Python 3.11 may swallow that we are cancelled
+                async with asyncio.timeout(
+                    QUIET_S
+                ):  # `wait_for` of Python 3.11 may swallow that we are cancelled
                     piece = await pieces.get()
             except TimeoutError:
                 yield b": still here\n\n"

@@ -25,6 +25,7 @@ from shared.serving.worker import Job, Worker
 from shared.text.tokenizer import BPETokenizer
 
 DEFAULT_CONTEXT = 2048
+MOST_FAILURES = 3  # steps in a row
 SEEDS = 10**18  # those of `GenerationOptions` are below
 
 
@@ -116,7 +117,12 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Whether a new request would be served."""
-        return self.worker.is_alive and not self.draining
+        return self.is_healthy and not self.draining
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it computes, and did not fail several times without a success between."""
+        return self.worker.is_alive and self.worker.n_failures < MOST_FAILURES
 
     def check_model(self, model: str) -> None:
         """Refuse the name of another model (ApiError, 404)."""
@@ -196,11 +202,9 @@ class Service:
         Raises:
             ApiError: Something does not fit (400).
         """
-        n = request.n or 1
-        if len(prompts) * n > self.limits.max_sequences:
-            raise ApiError(
-                400, f"{param} times n must be at most {self.limits.max_sequences} sequences", param="n"
-            )
+        n, most = request.n or 1, min(self.limits.max_sequences, self.worker.max_open)
+        if len(prompts) * n > most:
+            raise ApiError(400, f"{param} times n must be at most {most} sequences", param="n")
         queue: asyncio.Queue[Piece] = asyncio.Queue()
         jobs, stops, vocab_size = [], request.stops(), self.tokenizer.n_vocab
         for number, ids in enumerate(prompts):

@@ -72,12 +72,16 @@ class Worker:
         max_running: Sequences that the engine runs at a time.
         max_waiting: Sequences that may wait for a place; more are refused.
         metrics: Where to count.
+
+    Attributes:
+        n_open: Sequences that run or wait.
+        n_failures: Steps that failed, since the last one that did not.
     """
 
     def __init__(self, engine: BatchEngine, max_running: int, max_waiting: int, metrics: Metrics) -> None:
         self.engine, self.max_running, self.max_open = engine, max_running, max_running + max_waiting
         self.metrics = metrics
-        self.n_open = 0
+        self.n_open = self.n_failures = 0
         self._jobs: dict[Request, Job] = {}
         self._inbox: deque[tuple[str, Job]] = deque()
         self._calls: deque[tuple[Callable[[], Any], asyncio.Future]] = deque()
@@ -204,6 +208,7 @@ class Worker:
         except Exception:
             log("a step has failed", logging.ERROR, exc_info=True)
             self.metrics.failed_steps.inc()
+            self.n_failures += 1
             running = [job for request, job in self._jobs.items() if request.state == "running"]
             for job in running or list(self._jobs.values()):
                 assert job.request is not None
@@ -212,7 +217,7 @@ class Worker:
                 given.append((job, Piece(job.index, error=ApiError(500, "the computation failed"))))
                 self._end(job, "failed")
             return
-        now = time.monotonic()
+        now, self.n_failures = time.monotonic(), 0
         self.metrics.step_seconds.observe(now - started)
         if events:
             self.metrics.batch_size.observe(len(events))

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from deployment.serve_client import ask
+from shared.serving.logs import JsonLines
 from shared.serving.security import hash_of
 from tests.serving.running import running
 
@@ -189,9 +190,9 @@ def test_a_full_queue_says_when_to_come_again(slow):
         assert slow.complete(max_tokens=1, stream=True).status_code == 429  # not an event in a stream
         # All or none: two sequences find no place for one of them.
         assert [future.result().status_code for future in waiting] == [200, 200]
-    assert slow.complete(["a", "b", "c"], max_tokens=1).status_code == 429
+    assert slow.complete(["a", "b", "c"], max_tokens=1).status_code == 400  # never would there be room
     assert slow.complete(["a", "b"], max_tokens=1).status_code == 200
-    assert slow.number("llm_refused_total") == 3
+    assert slow.number("llm_refused_total") == 2
 
 
 def test_deadlines(slow):
@@ -257,6 +258,12 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(tight, monkeypatch):
     assert broken.status_code == 500 and "secret" not in broken.text
     assert tight.complete(max_tokens=5).json()["choices"] == expected
     assert tight.number("llm_failed_steps_total") == 1
+    # One that fails again and again is not healthy, until it works again.
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "step", lambda: 1 / 0)
+        assert [tight.complete(max_tokens=1).status_code for _ in range(3)] == [500] * 3
+        assert tight.client.get("/healthz").status_code == tight.client.get("/readyz").status_code == 503
+    assert tight.complete(max_tokens=1).status_code == 200 == tight.client.get("/readyz").status_code
 
 
 def test_logits_that_are_no_numbers(small):
@@ -269,17 +276,25 @@ def test_logits_that_are_no_numbers(small):
         assert served.complete(max_tokens=3).status_code == 200
 
 
-def test_an_error_that_nobody_expected(served, monkeypatch, capsys):
+def test_an_error_that_nobody_expected(served, monkeypatch, caplog):
     def fail(*_: object, **__: object) -> None:
-        raise KeyError("a secret")
+        raise KeyError("se" + "cret")
 
     monkeypatch.setattr(served.service, "jobs", fail)
     response = served.complete()
     assert response.status_code == 500 and response.json()["error"]["code"] == "internal"
     assert "secret" not in response.text and response.headers["x-content-type-options"] == "nosniff"
+    # The log says where it happened, without the values in the message.
+    record = next(record for record in caplog.records if record.getMessage() == "unexpected error")
+    line = json.loads(JsonLines().format(record))
+    assert (
+        line["error"] == "KeyError"
+        and ", in complete" in line["traceback"]
+        and "secret" not in line["traceback"]
+    )
 
 
-def test_a_thread_that_has_died_is_told(small, capfd):
+def test_a_thread_that_has_died_is_told(small):
     with running(small) as served:
         served.service.worker.stop()
         assert served.client.get("/healthz").status_code == served.client.get("/readyz").status_code == 503
