@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.data.models import has_model
 from shared.generation.batching import BatchEngine, Request, n_common
 from shared.generation.engine import generate
 from shared.generation.options import GenerationOptions
@@ -385,8 +386,25 @@ def test_engines_that_cannot_be_are_refused(options, error, message):
         BatchEngine(MODEL, **options)
 
 
+def check_up_to_ties(model: GPTModel, requests: list[Request], lead: float = 1e-3) -> int:
+    """Assert that each text is that of its prompt alone, or parts from it where two tokens are as good as tied.
+
+    Returns how many are equal to the end.
+    """
+    n_equal = 0
+    for request in requests:
+        expected = alone(model, request)
+        n_same = n_common(request.generated, expected)
+        n_equal += n_same == len(expected) == len(request.generated)
+        if n_same < len(expected):
+            with torch.inference_mode():
+                logits = model(torch.tensor([request.prompt + expected[:n_same]]))[0, -1]
+            assert logits[expected[n_same]] - logits[request.generated[n_same]] < lead
+    return n_equal
+
+
 def test_tales_in_float32_are_those_of_each_prompt_alone():
-    model, tokenizer = load_pretrained("tales-3m"), load_tokenizer("tales-3m")
+    model, tokenizer = load_pretrained("tales-3m", dtype=torch.float32), load_tokenizer("tales-3m")
     words = ["One evening", "In the week when", "Long ago", "On a hill by the sea", "The old miller"]
     engine = BatchEngine(model, max_batch_size=5, prefill_chunk=3)
     requests = []
@@ -395,4 +413,19 @@ def test_tales_in_float32_are_those_of_each_prompt_alone():
         requests.append(engine.submit(prompt, max_new_tokens=12 + 3 * number))
         engine.step()
     finish(engine)
-    assert [request.generated for request in requests] == [alone(model, request) for request in requests]
+    assert check_up_to_ties(model, requests) >= 14
+
+
+@pytest.mark.skipif(not has_model("smollm2-135m-instruct"), reason="needs-smollm2")
+def test_a_real_model_in_float32_writes_what_it_writes_alone():
+    name = "smollm2-135m-instruct"
+    model, tokenizer = load_pretrained(name, dtype=torch.float32), load_tokenizer(name)
+    stem = "You answer briefly and in plain words, and you never say what you do not know. Question: "
+    engine = BatchEngine(model, max_batch_size=4, prefill_chunk=8, context_length=64)
+    requests = []
+    for question in ("What is water?", "Why?", "Where is Paris?", "Who sleeps in winter?", "Is bread old?"):
+        requests.append(engine.submit(tokenizer.encode_ordinary(stem + question), max_new_tokens=6))
+        engine.step()
+    finish(engine)
+    assert check_up_to_ties(model, requests) == 5
+    assert engine.prefix_hits == 4
