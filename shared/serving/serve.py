@@ -161,12 +161,16 @@ def find_classifier(name: str | None) -> "tuple[str, Callable[[], TextClassifier
     one, loaded when it is first asked, or None where its base is missing.
     """
     from shared.data.models import has_model
-    from shared.finetuning.classification import load_classifier
+
+    def load(name: str = CLASSIFIER) -> "TextClassifier":
+        from shared.finetuning.classification import load_classifier
+
+        return load_classifier(name)
 
     if name is not None:
-        found = load_classifier(check_utf8("--classifier", name))
+        found = load(check_utf8("--classifier", name))
         return Path(name).stem, lambda: found
-    return (CLASSIFIER, lambda: load_classifier(CLASSIFIER)) if has_model(DEFAULT) else None
+    return (CLASSIFIER, load) if has_model(DEFAULT) else None
 
 
 def key(

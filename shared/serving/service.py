@@ -7,11 +7,10 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shared.finetuning.classification import TextClassifier
 from shared.generation.batching import BatchEngine
 from shared.generation.options import GenerationOptions
 from shared.generation.sampling import SMALLEST
@@ -23,6 +22,9 @@ from shared.serving.pieces import Piece, TextWriter
 from shared.serving.schemas import ChatMessage, Prompt, Writing
 from shared.serving.worker import Job, Worker
 from shared.text.tokenizer import BPETokenizer
+
+if TYPE_CHECKING:  # it imports much, which nobody needs before the first text to classify
+    from shared.finetuning.classification import TextClassifier
 
 DEFAULT_CONTEXT = 2048
 MOST_FAILURES = 3  # steps in a row
@@ -49,7 +51,7 @@ class Service:
         self,
         opened: OpenedModel,
         limits: Limits | None = None,
-        classifier: tuple[str, Callable[[], TextClassifier]] | None = None,
+        classifier: "tuple[str, Callable[[], TextClassifier]] | None" = None,
     ) -> None:
         self.limits, self.metrics = limits or Limits(), Metrics()
         self.classifier_name = None if classifier is None else classifier[0]
@@ -263,7 +265,7 @@ class Service:
 
         return await self.worker.call(compute)
 
-    async def _loaded_classifier(self) -> TextClassifier:
+    async def _loaded_classifier(self) -> "TextClassifier":
         """Return the classifier, loaded once, where it holds up nobody."""
         assert self._load_classifier is not None
         if self._classifier is None:
