@@ -266,8 +266,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
+        started = False
 
         async def write() -> None:
+            nonlocal started
+            started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for written in self.events:
                 await send({"type": "http.response.body", "body": written, "more_body": True})
@@ -286,4 +289,7 @@ class EventStream(Response):
         finally:
             await self.events.aclose()  # type: ignore[attr-defined]
             self.on_end(how)
+        if not started:  # the time was over before it began
+            await self.deadline.error().response()(scope, receive, send)
+            return
         await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -202,6 +202,8 @@ def test_deadlines(slow):
     streamed = slow.post("/v1/completions", wish, prompt="the", max_tokens=200, stream=True)
     *pieces, last = [line for line in streamed.text.split("\n\n") if line]
     assert len(pieces) > 1 and json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+    at_once = slow.post("/v1/completions", {"X-Request-Timeout": "1e-9"}, prompt="the", stream=True)
+    assert at_once.status_code in (200, 408) and '"code":"timeout"' in at_once.text  # begun or not
     for wrong in ("-1", "0", "nan", "inf", "soon", "1e400"):
         assert slow.post("/v1/completions", {"X-Request-Timeout": wrong}, prompt="x").status_code == 400
     assert slow.is_idle()

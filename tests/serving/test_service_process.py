@@ -57,9 +57,9 @@ def test_sigterm_drops_nothing_and_sigkill_leaves_nothing_behind(process):
         assert again.port == process.port
         os.kill(again.process.pid, signal.SIGKILL)
         again.process.wait()
-        started = time.monotonic()
         with Served("tales-tiny", "--threads", "1", "--port", str(process.port)) as back:
-            assert back.port == process.port and time.monotonic() - started < 10
+            # On a machine that does much else, a start takes as long as it always takes there.
+            assert back.port == process.port and back.seconds < max(10.0, 2 * again.seconds)
             # A second signal ends it at once, whatever is open.
             with socket.create_connection(("127.0.0.1", back.port)) as connection:
                 connection.sendall(
