@@ -25,6 +25,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import psutil
+
 from deployment.serve_client import (
     BEGINNINGS,
     ENDINGS,
@@ -53,7 +55,7 @@ def throughput(
     return sum(answer.n_tokens for answer in answers) / seconds, answers
 
 
-def streams(model: str, n: int, n_tokens: int, threads: int, rounds: int) -> bool:
+def streams(model: str, n: int, n_tokens: int, threads: int, rounds: int, n_alone: int) -> bool:
     """Compare n streams at once with one at a time, and with llama.cpp's server; return whether all is as it must be.
 
     Ours and theirs take turns, so that what else the machine does hits both; the ratio is taken within a round. Each
@@ -61,21 +63,25 @@ def streams(model: str, n: int, n_tokens: int, threads: int, rounds: int) -> boo
     """
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Served(model, "--threads", str(threads)))
-        others = {"ours": (server.url, server.model)}
+        others = {"ours": (server.url, server.model, server.process.pid)}
         if rounds:
-            others["llama.cpp"] = (stack.enter_context(llama_server(n, threads)), "m")
+            others["llama.cpp"] = stack.enter_context(llama_server(n, threads))
         speeds: dict[str, list[float]] = {name: [] for name in others}
+        cpu_ms: dict[str, list[float]] = {name: [] for name in others}
         for number in range(max(1, rounds)):
             texts = [f"{text}, {number}" if number else text for text in prompts(n)]
-            for name, (url, known_as) in others.items():
+            for name, (url, known_as, pid) in others.items():
                 if not number:
                     throughput(url, known_as, ["Once"], 4, 1)
+                before = cpu_seconds(pid)
                 speed, answers = throughput(url, known_as, texts, n_tokens, n)
                 speeds[name].append(round(speed, 1))
+                n_written = sum(answer.n_tokens for answer in answers)
+                cpu_ms[name].append(round(1000 * (cpu_seconds(pid) - before) / n_written, 2))
                 if not number and name == "ours":
                     at_once = answers
-        one, alone = throughput(server.url, server.model, prompts(n), n_tokens, 1)
-    n_equal = sum(a.text == b.text for a, b in zip(at_once, alone, strict=True))
+        one, answers = throughput(server.url, server.model, prompts(n)[:n_alone], n_tokens, 1)
+    n_equal = sum(a.text == b.text for a, b in zip(at_once, answers, strict=False))
     gaps = sorted(b - a for answer in at_once for a, b in zip(answer.times, answer.times[1:], strict=False))
     ours = statistics.median(speeds["ours"])
     report(
@@ -85,9 +91,10 @@ def streams(model: str, n: int, n_tokens: int, threads: int, rounds: int) -> boo
         tokens=n_tokens,
         threads=threads,
         tokens_per_s=speeds["ours"],
+        cpu_ms_per_token=cpu_ms["ours"],
         one_at_a_time=round(one, 1),
         ratio=round(ours / one, 2),
-        equal_texts=n_equal,
+        equal_texts=f"{n_equal} of {n_alone}",
         first_token_s=round(statistics.median(answer.times[0] for answer in at_once), 3),
         between_tokens_s=round(statistics.median(gaps), 4),
         between_tokens_s_99=round(gaps[int(0.99 * len(gaps))], 4),
@@ -95,14 +102,23 @@ def streams(model: str, n: int, n_tokens: int, threads: int, rounds: int) -> boo
     if rounds:
         ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
         report(
-            "llama.cpp", tokens_per_s=speeds["llama.cpp"], ours_to_theirs=round(statistics.median(ratios), 2)
+            "llama.cpp",
+            tokens_per_s=speeds["llama.cpp"],
+            cpu_ms_per_token=cpu_ms["llama.cpp"],
+            ours_to_theirs=round(statistics.median(ratios), 2),
         )
-    return n_equal == n and all(answer.complete for answer in at_once + alone)
+    return n_equal == n_alone and all(answer.complete for answer in at_once + answers)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return how long a process has computed, all threads together: what else the machine does hardly changes it."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 @contextlib.contextmanager
-def llama_server(n: int, threads: int) -> Iterator[str]:
-    """Run llama.cpp's server with the same file, a slot for each stream, in a process of its own; yield its address."""
+def llama_server(n: int, threads: int) -> Iterator[tuple[str, str, int]]:
+    """Run llama.cpp's server with the same file, a slot for each stream; yield its address, its model, its process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "deployment.serve_load", "llama-server", str(n), str(threads)],
         stdin=subprocess.PIPE,
@@ -112,7 +128,8 @@ def llama_server(n: int, threads: int) -> Iterator[str]:
     )
     try:
         assert process.stdout is not None
-        yield next(line.split()[1] for line in process.stdout if line.startswith("ADDRESS "))
+        url = next(line.split()[1] for line in process.stdout if line.startswith("ADDRESS "))
+        yield url, "m", process.pid
     finally:
         process.kill()
         process.wait()
@@ -290,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--alone", type=int, help="how many prompts also one at a time; all if not given")
     parser.add_argument("--llama", type=int, default=0, help="rounds beside llama.cpp's server")
     options = parser.parse_args(arguments)
     if arguments is None:  # whoever ends us ends our servers, too
@@ -299,7 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.what == "streams":
         model = options.model or SMOLLM2
-        return int(not streams(model, options.at_once, options.tokens, options.threads, options.llama))
+        n_alone = min(options.at_once, options.alone or options.at_once)
+        sizes = (options.at_once, options.tokens, options.threads, options.llama, n_alone)
+        return int(not streams(model, *sizes))
     big = options.what == "drain"
     with Served(options.model or (SMOLLM2 if big else TALES), "--threads", str(options.threads)) as server:
         if options.what == "cancels":

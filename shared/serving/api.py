@@ -278,19 +278,20 @@ async def write(
     if request.app.state.log_texts:
         note(prompt=prompt)
 
-    def count(how: str) -> None:
+    def end(how: str) -> None:
+        service.worker.cancel(jobs)
         usage = usage_of(jobs)
         note(ended=how, prompt_tokens=usage["prompt_tokens"], new_tokens=usage["completion_tokens"])
 
     if body.stream:
         service.worker.submit(jobs)
-        return EventStream(events_of(form, service.worker, jobs), deadline, count)
+        return EventStream(events_of(form, jobs), deadline, end)
     how = "failed"
     try:
         pieces = await attended(request.receive, lambda: collect(service.worker, jobs), deadline)
         how = "done"
     finally:
-        count(how)
+        end(how)
     if request.app.state.log_texts:
         note(reply=[piece.text for piece in pieces])
     return JSONResponse(form.whole(pieces, usage_of(jobs)))

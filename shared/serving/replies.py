@@ -203,47 +203,40 @@ async def attended(receive: Receive, work: Callable[[], Any], deadline: Deadline
 async def collect(worker: Worker, jobs: Sequence[Job]) -> list[Piece]:
     """Submit sequences and return what they became. Raises the ApiError of the first that fails."""
     worker.submit(jobs)
-    try:
-        pieces = []
-        for _ in jobs:
-            piece = await jobs[0].pieces.get()
+    pieces = []
+    for _ in jobs:
+        piece = await jobs[0].pieces.get()
+        if piece.error is not None:
+            raise piece.error
+        pieces.append(piece)
+    return pieces
+
+
+async def events_of(form: ReplyForm, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
+    """Yield the events of sequences that were submitted. Raises the ApiError of the first that fails."""
+    pieces, open_ = jobs[0].pieces, len(jobs)
+    if first := form.first(len(jobs)):
+        yield first
+    while open_:
+        try:
+            # Not `wait_for`: that of Python 3.11 may swallow that we are cancelled.
+            async with asyncio.timeout(QUIET_S):
+                piece = await pieces.get()
+        except TimeoutError:
+            yield b": still here\n\n"
+            continue
+        # What has come in the meantime goes out together.
+        ready = [piece]
+        while not pieces.empty():
+            ready.append(pieces.get_nowait())
+        written = b""
+        for piece in ready:
             if piece.error is not None:
                 raise piece.error
-            pieces.append(piece)
-        return pieces
-    finally:
-        worker.cancel(jobs)
-
-
-async def events_of(form: ReplyForm, worker: Worker, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
-    """Yield the events of sequences that were submitted; an error is the last one."""
-    pieces, open_ = jobs[0].pieces, len(jobs)
-    try:
-        if first := form.first(len(jobs)):
-            yield first
-        while open_:
-            try:
-                async with asyncio.timeout(
-                    QUIET_S
-                ):  # `wait_for` of Python 3.11 may swallow that we are cancelled
-                    piece = await pieces.get()
-            except TimeoutError:
-                yield b": still here\n\n"
-                continue
-            # What has come in the meantime goes out together.
-            ready = [piece]
-            while not pieces.empty():
-                ready.append(pieces.get_nowait())
-            written = b""
-            for piece in ready:
-                if piece.error is not None:
-                    raise piece.error
-                written += form.next(piece)
-                open_ -= piece.finish_reason is not None
-            yield written
-        yield form.last(usage_of(jobs))
-    finally:
-        worker.cancel(jobs)
+            written += form.next(piece)
+            open_ -= piece.finish_reason is not None
+        yield written
+    yield form.last(usage_of(jobs))
 
 
 class EventStream(Response):
@@ -252,7 +245,7 @@ class EventStream(Response):
     Args:
         events: What is sent.
         deadline: When it must be complete.
-        on_end: Called at the end with "done", "left", "deadline" or "failed".
+        on_end: Called at the end, whatever it is: "done", "left", "deadline" or "failed".
     """
 
     media_type = "text/event-stream"

@@ -57,7 +57,7 @@ class Job:
     in_pieces: bool = True
     n_new: int = 0
     n_shared: int = 0
-    submitted: float = 0.0
+    submitted: float = 0.0  # when; 0 before
     newest: float = 0.0  # when its newest token came
     is_over: bool = False
     request: Request | None = None
@@ -128,9 +128,9 @@ class Worker:
             self._condition.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """End sequences for which nobody waits any more; those that have ended are left alone."""
+        """End sequences for which nobody waits any more; those that have ended, or were refused, are left alone."""
         with self._condition:
-            self._inbox.extend(("cancel", job) for job in jobs if not job.is_over)
+            self._inbox.extend(("cancel", job) for job in jobs if job.submitted and not job.is_over)
             self._condition.notify()
 
     async def call(self, function: Callable[[], T]) -> T:
