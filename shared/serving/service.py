@@ -60,8 +60,12 @@ class Service:
         self.name, self.model, self.tokenizer = opened.name, opened.model, opened.needed_tokenizer()
         self.chat_format, self.created, self.draining = opened.chat_format, int(time.time()), False
         # A special token in a continuation ends it, so that no reply holds one; what is no token is never chosen.
+        try:
+            self._begin = [self.tokenizer.eot_token]
+        except (KeyError, ValueError):  # there is none
+            self._begin = []
         special = getattr(self.tokenizer, "special_ids", None)
-        self.stop_ids = frozenset([self.tokenizer.eot_token] if special is None else special.values())
+        self.stop_ids = frozenset(self._begin if special is None else special.values())
         sizes = [self._size_of(token) for token in range(self.model.config.vocab_size)]
         self._longest_token = max(sizes)
         most = self.model.config.context_length
@@ -103,7 +107,7 @@ class Service:
 
     def warm_up(self) -> None:
         """Write two tokens, so that the first caller does not pay for what the first step sets up."""
-        request = self.engine.submit([self.tokenizer.eot_token], max_new_tokens=2)
+        request = self.engine.submit(self._begin or [0], max_new_tokens=2)
         while request.finish_reason is None:
             self.engine.step()
 
@@ -210,7 +214,9 @@ class Service:
         queue: asyncio.Queue[Piece] = asyncio.Queue()
         jobs, stops, vocab_size = [], request.stops(), self.tokenizer.n_vocab
         for number, ids in enumerate(prompts):
-            ids = ids or [self.tokenizer.eot_token]
+            ids = ids or self._begin
+            if not ids:
+                raise ApiError(400, f"{param} must not be empty: nothing begins a text here", param=param)
             if max(ids) >= vocab_size:
                 raise ApiError(400, f"{param} must hold ids below {vocab_size}", param=param)
             # The last token that is written is not read, so it needs no room.
