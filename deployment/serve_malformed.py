@@ -112,9 +112,15 @@ def malformed(port: int, model: str, n: int, seed: int = 0, patience: float = 30
     """
     chance = random.Random(seed)
     bodies, url = malformed_bodies(model, chance), f"http://127.0.0.1:{port}"
-    outcomes, bad, good_seconds = Counter[str](), [], []
+    outcomes, bad = Counter[str](), []
+    good_seconds: list[float] = []
+    alone_seconds: list[float] = []
 
     async def run() -> None:
+        for _ in range(3):  # good ones alone, to compare with
+            started = time.perf_counter()
+            await ask(url, "x", 2, model=model)
+            alone_seconds.append(time.perf_counter() - started)
         lasting = []
         for number in range(n):
             choice = chance.randrange(10)
@@ -159,4 +165,5 @@ def malformed(port: int, model: str, n: int, seed: int = 0, patience: float = 30
         "not_as_it_must_be": bad[:10],
         "good_between": len(good_seconds),
         "slowest_good_s": round(max(good_seconds), 3),
+        "slowest_alone_s": round(max(alone_seconds), 3),
     }

@@ -55,7 +55,7 @@ class Running:
         lines = self.client.get("/metrics").text.splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
-    def is_idle(self, seconds: float = 5.0) -> bool:
+    def is_idle(self, seconds: float = 20.0) -> bool:
         """Wait until nothing is written and nothing waits; return whether that came in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
