@@ -7,12 +7,13 @@
     llm embed MODEL < texts.txt                   a vector for each line
     llm export tales-3m tales.gguf --to gguf      a file for other programs
     llm adapt reviews.csv my_adapter              a classifier of your own, as an adapter
+    llm serve                                     a service that speaks OpenAI's protocol
 
 A model is a name, a folder or a `.gguf` file; `generate` takes an `.onnx` file, too, and then needs no torch.
 `generate`, `chat` and `export` also take an adapter (`--adapter FOLDER`), one of ours or of PEFT's. Exit status: 0
 done, 1 failed, 2 not understood, 130 ended by Ctrl-C. What takes long is imported when it is needed.
 
-Left out: images and a server; their chapters bring them.
+Left out: images; their chapter brings them.
 """
 
 import sys
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.serving import adapting
+from shared.serving import adapting, serve
 from shared.serving.terminal import (
     FAILED,
     INTERRUPTED,
@@ -368,6 +369,8 @@ def info(
 
 
 app.command()(guarded(adapting.adapt))
+app.command()(guarded(serve.serve))
+app.command()(guarded(serve.key))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
