@@ -141,3 +141,14 @@ def test_the_stages_of_the_domain_case_are_of_other_stories():
     inputs, targets = next(iter(batches))
     assert n_steps == domain_smollm2.N_TASK_STEPS and inputs.shape == targets.shape
     assert len(inputs) == domain_smollm2.BATCH_SIZE
+
+
+def test_the_notebook_tells_the_record_of_the_domain():
+    rows = {row["method"]: row for row in read_rows(domain_smollm2.RESULTS)}
+    text = (domain_smollm2.HERE / "01_lora.ipynb").read_text(encoding="utf-8")
+    for method in ("questions", "stories, then questions"):
+        row = rows[method]
+        assert row["correct"] == str(row["right"].count("1")) and int(row["n"]) == domain_smollm2.N_TASKS
+        losses = [f"{float(row[name]):.2f}" for name in ("tales", "reviews")]
+        assert f"| {method} | {row['correct']} | {losses[0]} | {losses[1]} | {row['knowledge']} |" in text
+    assert f"| before | 0 (the name in {rows['before']['named']}) |" in text
