@@ -193,10 +193,11 @@ def recorded(data: Any) -> dict[str, dict[tuple[int, int], tuple[bool, bool]]]:
         for seed in SEEDS:
             for place, mark in chapter.get((name, seed), {}).items():
                 found.setdefault(method, {})[seed, place] = mark == "1", chapter["small", seed][place] == "1"
+    cut = {seed: spam_runs.folds(data, seed) for seed in SEEDS}
     for row in read_rows(RESULTS):
         method, seed = row["method"], int(row["seed"])
         if row["role"] == "folds" and method != "full" and float(row["learning_rate"]) == chosen_rate(method):
-            judged = spam_runs.folds(data, seed)[int(row["fold"])][1].tolist()
+            judged = cut[seed][int(row["fold"])][1].tolist()
             for place, mark in zip(judged, row["right"], strict=True):
                 found.setdefault(method, {})[seed, place] = mark == "1", chapter["small", seed][place] == "1"
     return found

@@ -64,8 +64,9 @@ def test_the_difference_and_its_interval():
 def test_the_record_is_consistent(messages):
     rows = read_rows(lora_runs.RESULTS)
     assert len({tuple(row[name] for name in lora_runs.KEY) for row in rows}) == len(rows) > 0
+    cut = {seed: spam_runs.folds(messages, seed) for seed in (*lora_runs.SEEDS, lora_runs.CHOICE_SEED)}
     for row in rows:
-        judged = spam_runs.folds(messages, int(row["seed"]))[int(row["fold"])][1]
+        judged = cut[int(row["seed"])][int(row["fold"])][1]
         assert int(row["n"]) == len(judged) and row["method"] in lora_runs.METHODS
         assert int(row["seed"]) in ((lora_runs.CHOICE_SEED,) if row["role"] == "choice" else lora_runs.SEEDS)
         if row["role"] == "folds":  # of the choices only the numbers are kept
@@ -119,11 +120,12 @@ def test_the_texts_of_smollm2_fall_into_parts_without_repeats():
 def test_the_records_of_smollm2_are_consistent():
     rows = read_rows(adapt_smollm2.RESULTS)
     assert len({tuple(row[name] for name in adapt_smollm2.KEY) for row in rows}) == len(rows) > 0
+    labeled = {task: adapt_smollm2.Labeled(task) for task in adapt_smollm2.TEXTS}
     for row in rows:
         if row["role"] == "choice":  # only the numbers are kept
             assert int(row["seed"]) == adapt_smollm2.CHOICE_SEED and row["right"] == ""
             continue
-        judged = adapt_smollm2.Labeled(row["task"]).parts(int(row["seed"]), row["part"])[2]
+        judged = labeled[row["task"]].parts(int(row["seed"]), row["part"])[2]
         assert len(judged) == int(row["n"]) == len(row["right"])
         assert int(row["correct"]) == row["right"].count("1")
         assert row["method"] != "asked" or row["trained"] == "0"
