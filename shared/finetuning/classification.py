@@ -308,6 +308,22 @@ def load_classifier(name_or_path: str | os.PathLike[str]) -> TextClassifier:
     )
 
 
+def check_labels(texts: Sequence[str], labels: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Return the kinds of labels in order, and each label as a number.
+
+    Raises ValueError if the numbers of texts and labels differ, or a label is rare or the only one.
+    """
+    check_several("texts", texts)
+    check_several("labels", labels)
+    require("labels", len(labels), len(labels) == len(texts), f"{len(texts)}, one for each text")
+    found = Counter(labels)
+    require("labels", sorted(found), len(found) > 1, "of at least two kinds")
+    rarest = min(found, key=found.get)
+    require("labels", f"{found[rarest]} of {rarest!r}", found[rarest] >= 5, "at least 5 of each kind")
+    names = tuple(sorted(found))
+    return names, [names.index(label) for label in labels]
+
+
 def train_classifier(
     texts: Sequence[str],
     labels: Sequence[str],
@@ -334,19 +350,12 @@ def train_classifier(
     Raises:
         ValueError: The numbers of texts and labels differ, a text is empty, or a label is rare or the only one.
     """
-    check_several("texts", texts)
-    check_several("labels", labels)
-    require("labels", len(labels), len(labels) == len(texts), f"{len(texts)}, one for each text")
-    found = Counter(labels)
-    require("labels", sorted(found), len(found) > 1, "of at least two kinds")
-    rarest = min(found, key=found.get)
-    require("labels", f"{found[rarest]} of {rarest!r}", found[rarest] >= 5, "at least 5 of each kind")
-    names = tuple(sorted(found))
+    names, numbers = check_labels(texts, labels)
     # What the frozen model makes of the texts, once.
     model, encoding = load_pretrained(base, dtype=torch.float32), load_tokenizer(base)
     rows = _encode_and_say(encoding, texts, model.config.context_length)
     features = cached_features(model, rows, n_blocks, pooling)
-    targets = torch.tensor([names.index(label) for label in labels])
+    targets = torch.tensor(numbers)
     # The temperature, from heads that have not seen what they judge: five times another fifth is left out.
     fifth = torch.zeros(len(rows), dtype=torch.int64)
     rng = np.random.default_rng(seed)

@@ -14,7 +14,6 @@ Explained and proven in appendix_lora/01_lora.ipynb; written from there by `make
 
 import os
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.checks import check_several, require, whole_number
+from shared.checks import require, whole_number
 from shared.finetuning.classification import (
     TextClassifier,
+    check_labels,
     encode_texts,
     fit_head,
     fit_temperature,
@@ -45,19 +45,6 @@ from shared.finetuning.tuning import GPTClassifier, fine_tune, label_logits
 from shared.generation.streaming import Tokenizer
 from shared.model.gpt import GPTModel
 from shared.weights.pretrained import CHECKPOINTS, load_pretrained, load_tokenizer
-
-
-def check_labels(texts: Sequence[str], labels: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    """Return the kinds of labels in order, and each label as a number; errors as `train_lora_classifier`."""
-    check_several("texts", texts)
-    check_several("labels", labels)
-    require("labels", len(labels), len(labels) == len(texts), f"{len(texts)}, one for each text")
-    found = Counter(labels)
-    require("labels", sorted(found), len(found) > 1, "of at least two kinds")
-    rarest = min(found, key=found.get)
-    require("labels", f"{found[rarest]} of {rarest!r}", found[rarest] >= 5, "at least 5 of each kind")
-    names = tuple(sorted(found))
-    return names, [names.index(label) for label in labels]
 
 
 @torch.no_grad()
