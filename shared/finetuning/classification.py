@@ -82,12 +82,8 @@ def fit_head(
         )
     require("penalty", penalty, 0 < penalty < math.inf, "above 0")
     occur = torch.bincount(targets, minlength=n_labels)
-    require(
-        "targets",
-        occur.tolist(),
-        len(occur) == n_labels and bool(occur.all()),
-        f"each of {n_labels} labels, at least once",
-    )
+    complete = len(occur) == n_labels and bool(occur.all())
+    require("targets", occur.tolist(), complete, f"each of {n_labels} labels, at least once")
     # In float64, where the minimum is sharp.
     x = features.double()
     mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
@@ -296,9 +292,8 @@ def load_classifier(name_or_path: str | os.PathLike[str]) -> TextClassifier:
         body = GPTModel(GPTConfig(**about["body"])).eval()
         if "body.final_norm.weight" not in tensors:
             body.final_norm = nn.Identity()
-        body.load_state_dict(
-            {name.removeprefix("body."): value for name, value in tensors.items()}, strict=False
-        )
+        weights = {name.removeprefix("body."): value for name, value in tensors.items()}
+        body.load_state_dict(weights, strict=False)
     else:
         body = lower_part(load_pretrained(base, dtype=torch.float32), n_blocks)
         if weights_hash(body) != about["body"]:

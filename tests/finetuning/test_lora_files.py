@@ -28,6 +28,7 @@ from shared.finetuning.lora_files import (
     save_adapter,
     save_peft_adapter,
 )
+from shared.generation.engine import generate
 from shared.weights.huggingface import export_to_hugging_face
 from shared.weights.onnx import export_to_onnx
 from shared.weights.pretrained import load_pretrained
@@ -388,3 +389,28 @@ def test_stored_in_half_the_room(tmp_path):
     for key, value in adapter_tensors(again, "default").items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, adapter_tensors(model, "default")[key], rtol=1e-2, atol=1e-3)
+
+
+def test_peft_writes_the_same_tokens_for_a_pair_padded_on_the_left(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load_pretrained("tales-tiny", dtype=torch.float32)
+    export_to_hugging_face(model, tmp_path / "base")
+    attach_lora(model, "all-linear", rank=2)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter_tensors(model, "default").values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_peft_adapter(model, tmp_path / "peft", base=str(tmp_path / "base"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    # The shorter prompt stands behind padding.
+    prompts = [[5, 9, 40], [7, 8, 60, 61, 300, 12, 90]]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    written = theirs.generate(input_ids=ids, attention_mask=mask, eos_token_id=None, **settings)[:, width:]
+    again = load_pretrained("tales-tiny", dtype=torch.float32)
+    load_peft_adapter(again, tmp_path / "peft")
+    for ours in (model, again):
+        assert generate(ours.eval(), prompts, 20) == written.tolist()
