@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared.data.corpus import load_sms
+from shared.finetuning.classification import encode_texts
 from shared.finetuning.encoders import BERTClassifier
 from shared.finetuning.tuning import GPTClassifier, fine_tune, label_logits
 from shared.model.bert import BERTConfig, BERTForPreTraining, BERTModel
@@ -72,7 +73,7 @@ from shared.training.masking import (
 from shared.training.optimizers import build_optimizers
 from shared.training.schedules import build_schedule
 from shared.weights.bert import OWN_CONFIG, load_bert, save_bert
-from shared.weights.pretrained import load_pretrained
+from shared.weights.pretrained import load_pretrained, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "pretrain_bert.csv"

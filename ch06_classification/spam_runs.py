@@ -192,7 +192,7 @@ def tuned(
     classifier = GPTClassifier(body, 2, pooling)
     n_trained = set_trainable(classifier, part)
     optimizer = torch.optim.AdamW(learning_rate_groups(classifier, learning_rate, 1e-2), weight_decay=0.05)
-    return _fitted(data, classifier, data.ids(SMALL), optimizer, train, judged, seed, n_epochs), n_trained
+    return fitted(data, classifier, data.ids(SMALL), optimizer, train, judged, seed, n_epochs), n_trained
 
 
 def last_blocks(
@@ -221,10 +221,10 @@ def last_blocks(
         learning_rate_groups(classifier, learning_rate, learning_rate), weight_decay=0.05
     )
     rows = [states.float() for states in data.states()]
-    return _fitted(data, classifier, rows, optimizer, train, judged, seed, n_epochs), n_trained
+    return fitted(data, classifier, rows, optimizer, train, judged, seed, n_epochs), n_trained
 
 
-def _fitted(
+def fitted(
     data: Texts,
     classifier: GPTClassifier,
     rows: Sequence,

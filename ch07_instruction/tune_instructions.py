@@ -155,13 +155,13 @@ def run(
     )
     minutes = round((time.process_time() - started) / 60, 1)
     # What stands word for word in a lesson proves nothing.
-    seen = set(overlapping(_beginnings(taught), [list(task.messages) for task in tasks]))
+    seen = set(overlapping(beginnings(taught), [list(task.messages) for task in tasks]))
     kept = [task for place, task in enumerate(tasks) if place not in seen]
     about = about_run(name, role, seed, learning_rate, n_steps, minutes)
     return model, [about | row for row in scores(model.eval(), kept)]
 
 
-def _beginnings(taught: Iterable[Sequence[dict[str, str]]]) -> Iterator[Sequence[dict[str, str]]]:
+def beginnings(taught: Iterable[Sequence[dict[str, str]]]) -> Iterator[Sequence[dict[str, str]]]:
     """What a task could repeat: up to three turns from a lesson's start, and each turn alone."""
     for lesson in taught:
         for end in range(2, len(lesson) + 1, 2):

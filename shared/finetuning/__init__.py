@@ -14,6 +14,11 @@
 - `judge_client`: how a judge is asked, with limits, tries and waits.
 - `judge`: a language model as a judge: rubric, schema, strict parser, pairs in both orders.
 - `local_judge`: a chat model on this machine that judges by the probability of its next token.
+- `lora_layer`: a linear map with low-rank adapters beside it: LoRA, rsLoRA, DoRA.
+- `lora`: adapters in a model, attached by one call and taken off without a trace.
+- `packed_base`: a frozen base whose weights stay in the blocks of a GGUF file.
+- `lora_files`: adapters in folders, in our format and in PEFT's.
+- `lora_classifier`: texts and labels to a classifier, saved as an adapter and a head.
 """
 
 from shared.finetuning.classification import load_classifier, read_labeled_texts, train_classifier

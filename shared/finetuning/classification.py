@@ -82,12 +82,8 @@ def fit_head(
         )
     require("penalty", penalty, 0 < penalty < math.inf, "above 0")
     occur = torch.bincount(targets, minlength=n_labels)
-    require(
-        "targets",
-        occur.tolist(),
-        len(occur) == n_labels and bool(occur.all()),
-        f"each of {n_labels} labels, at least once",
-    )
+    complete = len(occur) == n_labels and bool(occur.all())
+    require("targets", occur.tolist(), complete, f"each of {n_labels} labels, at least once")
     # In float64, where the minimum is sharp.
     x = features.double()
     mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
@@ -296,9 +292,8 @@ def load_classifier(name_or_path: str | os.PathLike[str]) -> TextClassifier:
         body = GPTModel(GPTConfig(**about["body"])).eval()
         if "body.final_norm.weight" not in tensors:
             body.final_norm = nn.Identity()
-        body.load_state_dict(
-            {name.removeprefix("body."): value for name, value in tensors.items()}, strict=False
-        )
+        weights = {name.removeprefix("body."): value for name, value in tensors.items()}
+        body.load_state_dict(weights, strict=False)
     else:
         body = lower_part(load_pretrained(base, dtype=torch.float32), n_blocks)
         if weights_hash(body) != about["body"]:
@@ -306,6 +301,22 @@ def load_classifier(name_or_path: str | os.PathLike[str]) -> TextClassifier:
     return TextClassifier(
         body, load_tokenizer(base), head, tuple(about["labels"]), base, pooling, temperature, trained
     )
+
+
+def check_labels(texts: Sequence[str], labels: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Return the kinds of labels in order, and each label as a number.
+
+    Raises ValueError if the numbers of texts and labels differ, or a label is rare or the only one.
+    """
+    check_several("texts", texts)
+    check_several("labels", labels)
+    require("labels", len(labels), len(labels) == len(texts), f"{len(texts)}, one for each text")
+    found = Counter(labels)
+    require("labels", sorted(found), len(found) > 1, "of at least two kinds")
+    rarest = min(found, key=found.get)
+    require("labels", f"{found[rarest]} of {rarest!r}", found[rarest] >= 5, "at least 5 of each kind")
+    names = tuple(sorted(found))
+    return names, [names.index(label) for label in labels]
 
 
 def train_classifier(
@@ -334,19 +345,12 @@ def train_classifier(
     Raises:
         ValueError: The numbers of texts and labels differ, a text is empty, or a label is rare or the only one.
     """
-    check_several("texts", texts)
-    check_several("labels", labels)
-    require("labels", len(labels), len(labels) == len(texts), f"{len(texts)}, one for each text")
-    found = Counter(labels)
-    require("labels", sorted(found), len(found) > 1, "of at least two kinds")
-    rarest = min(found, key=found.get)
-    require("labels", f"{found[rarest]} of {rarest!r}", found[rarest] >= 5, "at least 5 of each kind")
-    names = tuple(sorted(found))
+    names, numbers = check_labels(texts, labels)
     # What the frozen model makes of the texts, once.
     model, encoding = load_pretrained(base, dtype=torch.float32), load_tokenizer(base)
     rows = _encode_and_say(encoding, texts, model.config.context_length)
     features = cached_features(model, rows, n_blocks, pooling)
-    targets = torch.tensor([names.index(label) for label in labels])
+    targets = torch.tensor(numbers)
     # The temperature, from heads that have not seen what they judge: five times another fifth is left out.
     fifth = torch.zeros(len(rows), dtype=torch.int64)
     rng = np.random.default_rng(seed)

@@ -8,6 +8,8 @@
 - `beam_search`: the continuations with the best scores.
 - `options`: all settings of a generation as plain, checked values.
 - `conversation`: replies to messages, over one cache that stays.
+- `batching_pass`: one pass over pieces of many texts.
+- `batching`: many requests at once, which join and leave at each step.
 """
 
 from shared.generation.beam_search import beam_search

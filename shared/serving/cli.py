@@ -6,11 +6,14 @@
     llm classify spam "Win a prize now"           a label
     llm embed MODEL < texts.txt                   a vector for each line
     llm export tales-3m tales.gguf --to gguf      a file for other programs
+    llm adapt reviews.csv my_adapter              a classifier of your own, as an adapter
+    llm serve                                     a service that speaks OpenAI's protocol
 
-A model is a name, a folder or a `.gguf` file; `generate` takes an `.onnx` file, too, and then needs no torch. Exit
-status: 0 done, 1 failed, 2 not understood, 130 ended by Ctrl-C. What takes long is imported when it is needed.
+A model is a name, a folder or a `.gguf` file; `generate` takes an `.onnx` file, too, and then needs no torch.
+`generate`, `chat` and `export` also take an adapter (`--adapter FOLDER`), one of ours or of PEFT's. Exit status: 0
+done, 1 failed, 2 not understood, 130 ended by Ctrl-C. What takes long is imported when it is needed.
 
-Left out: adapters, images, and a server; their chapters bring them.
+Left out: images; their chapter brings them.
 """
 
 import sys
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shared.serving import adapting, serve
 from shared.serving.terminal import (
     FAILED,
     INTERRUPTED,
@@ -56,6 +60,7 @@ class Target(StrEnum):
     gguf = "gguf"
     onnx = "onnx"
     hf = "hf"
+    peft = "peft"
 
 
 class Kind(StrEnum):
@@ -96,9 +101,18 @@ Penalty = Annotated[
     float, typer.Option("--repetition-penalty", help="Above 1: what was written becomes less likely.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Of the random choices.")]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", help="A folder with a LoRA adapter for the model, ours or PEFT's.")
+]
 
 
-def opened(model: str, dtype: Dtype | None, tokenizer: str | None, threads: int | None) -> "OpenedModel":
+def opened(
+    model: str,
+    dtype: Dtype | None,
+    tokenizer: str | None,
+    threads: int | None,
+    adapter: str | None = None,
+) -> "OpenedModel":
     """Load a model and what belongs to it."""
     import torch
 
@@ -106,7 +120,10 @@ def opened(model: str, dtype: Dtype | None, tokenizer: str | None, threads: int 
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return open_model(check_utf8("MODEL", model), dtype=dtype and dtype.value, tokenizer=tokenizer)
+    if adapter is not None:
+        adapter = check_utf8("--adapter", adapter)
+    kind = dtype and dtype.value
+    return open_model(check_utf8("MODEL", model), dtype=kind, tokenizer=tokenizer, adapter=adapter)
 
 
 @app.command()
@@ -127,6 +144,7 @@ def generate(
     dtype: InMemory = None,
     tokenizer: Tokenizer = None,
     threads: Threads = None,
+    adapter: Adapter = None,
 ) -> None:
     """Continue a text.
 
@@ -134,12 +152,13 @@ def generate(
     llm generate tales-3m "Once upon a time"
     echo "The capital of France is" | llm generate smollm2-135m-instruct --max-tokens 20
     llm generate tales-3m --json < prompts.jsonl > texts.jsonl      lines of {"prompt": "..."}
+    llm generate tales-3m "The owl" --adapter my_adapter            with a LoRA adapter
     llm generate tales.onnx "Once upon a time"                      without torch
     """
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options |= {"repetition_penalty": repetition_penalty, "stop_strings": tuple(stop or ())}
     if model.endswith(".onnx"):
-        if temperature or repetition_penalty != 1 or stop or dtype or tokenizer:
+        if temperature or repetition_penalty != 1 or stop or dtype or tokenizer or adapter:
             raise Failure("an .onnx file takes --max-tokens, --threads and --json only")
         from shared.serving.onnx_runtime import OnnxModel
 
@@ -147,7 +166,7 @@ def generate(
     else:
         from shared.serving.texts import text_writer
 
-        pieces_of = text_writer(opened(model, dtype, tokenizer, threads), max_tokens, options)
+        pieces_of = text_writer(opened(model, dtype, tokenizer, threads, adapter), max_tokens, options)
     # One text is written while it is made, lines of JSON one by one.
     if not as_json:
         for piece in pieces_of(read_input() if prompt is None else check_utf8("PROMPT", prompt)):
@@ -173,6 +192,7 @@ def chat(
     dtype: InMemory = None,
     tokenizer: Tokenizer = None,
     threads: Threads = None,
+    adapter: Adapter = None,
 ) -> None:
     """Hold a conversation. /help lists the commands, Ctrl-C stops a reply, Ctrl-D ends.
 
@@ -186,7 +206,7 @@ def chat(
     from shared.serving.chat import TerminalChat
     from shared.text.tokenizer import BPETokenizer
 
-    found = opened(model, dtype, tokenizer, threads)
+    found = opened(model, dtype, tokenizer, threads, adapter)
     words, chat_format = found.needed_tokenizer(), found.chat_format
     if chat_format is None:
         raise Failure(f"{model} was taught no chat format, it only continues texts: llm generate {model}")
@@ -216,7 +236,7 @@ def chat(
 @app.command()
 @guarded
 def classify(
-    model: Annotated[str, typer.Argument(help="A classifier: its name or folder.")],
+    model: Annotated[str, typer.Argument(help="A classifier: its name or folder; an adapted one, too.")],
     text: Annotated[
         str | None, typer.Argument(help="A text; standard input, line by line, if not given.")
     ] = None,
@@ -228,13 +248,9 @@ def classify(
     llm classify spam "Win a prize now"
     llm classify spam --json < messages.jsonl      lines of {"text": "..."}
     """
-    try:
-        from shared.finetuning.classification import load_classifier
-    except ImportError as error:
-        raise Failure(
-            f"llm classify needs the classifiers of chapter 6, which are not here ({error})"
-        ) from None
-    found = load_classifier(check_utf8("MODEL", model))
+    from shared.finetuning.lora_classifier import open_classifier
+
+    found = open_classifier(check_utf8("MODEL", model))
     for entry in progress(input_texts(text, as_json=as_json, field="text"), "texts"):
         shares = [float(share) for share in found.predict_proba([entry["text"]])[0]]
         best = max(range(len(shares)), key=shares.__getitem__)
@@ -286,13 +302,17 @@ def export(
     model: Model,
     path: Annotated[Path, typer.Argument(help="The file, or for hf the folder, to write; it must be new.")],
     to: Annotated[
-        Target, typer.Option("--to", help="For llama.cpp and Ollama; for ONNX Runtime; for transformers.")
+        Target,
+        typer.Option(
+            "--to", help="For llama.cpp and Ollama; ONNX Runtime; transformers; of an adapter, for PEFT."
+        ),
     ],
     kind: Annotated[Kind, typer.Option("--type", help="Of GGUF's matrices.")] = Kind.Q8_0,
     modelfile: Annotated[
         bool, typer.Option("--modelfile", help="Also write Ollama's Modelfile beside.")
     ] = False,
     tokenizer: Tokenizer = None,
+    adapter: Adapter = None,
 ) -> None:
     """Write a model for other programs. Nothing is overwritten, and nothing half-written is left.
 
@@ -301,13 +321,18 @@ def export(
     llm export smollm2-135m-instruct smol.gguf --to gguf --modelfile
     llm export tales-3m tales.onnx --to onnx                       ONNX Runtime, browsers, phones
     llm export smollm2-135m-instruct smol --to hf                  transformers, vLLM
+    llm export my_adapter for_peft --to peft                       a folder with an adapter
     """
-    from shared.serving.exporting import export_model
+    from shared.serving.exporting import export_adapter, export_model
 
     if modelfile and to != Target.gguf:
         raise Failure("--modelfile belongs to --to gguf")
+    if to == Target.peft:
+        for line in export_adapter(check_utf8("MODEL", model), path):
+            complain(line)
+        return
     for line in export_model(
-        opened(model, None, tokenizer, None),
+        opened(model, None, tokenizer, None, adapter),
         path,
         to.value,
         kind=kind.value,
@@ -341,6 +366,11 @@ def info(
     else:
         width = max(map(len, found))
         write("\n".join(f"{name:{width}}  {value}" for name, value in found.items()))
+
+
+app.command()(guarded(adapting.adapt))
+app.command()(guarded(serve.serve))
+app.command()(guarded(serve.key))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,4 @@
-"""What `llm export` does: one model, one target, and lines that say what was written.
-
-Left out: adapters in PEFT's format, which the chapter on LoRA will write.
-"""
+"""What `llm export` does: one model or adapter, one target, and lines that say what was written."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -89,6 +86,33 @@ def export_onnx(found: OpenedModel, path: Path) -> Iterator[str]:
     details = {"tokenizer": portable_tokenizer(tokenizer).to_str(), "stop_tokens": json.dumps(stops)}
     export_to_onnx(found.model, path, **details)
     yield f"{path}: {path.stat().st_size:,} bytes, float32, tokenizer inside"
+
+
+def export_adapter(folder: str, path: Path) -> Iterator[str]:
+    """Write an adapter of ours as a folder of PEFT's, and yield lines about it.
+
+    Raises:
+        ValueError: The folder holds no adapter, one of a part of a model, or one whose base has other weights here.
+        FileExistsError: Something is there already.
+    """
+    import torch
+
+    from shared.finetuning.lora_files import load_adapter, read_object, save_peft_adapter
+    from shared.weights.pretrained import HUB_REPOSITORIES, load_pretrained
+
+    about = read_object(Path(folder) / "adapter.json")
+    if about.get("n_blocks") is not None:
+        raise ValueError(f"{folder} must be of a whole model for PEFT, got one of its lower blocks")
+    base = str(about.get("base"))
+    model = load_pretrained(base, dtype=torch.float32)
+    _, extra = load_adapter(model, folder)
+    repository, _ = HUB_REPOSITORIES.get(base, (base, ""))
+    save_peft_adapter(model, path, base=repository)
+    yield f"{path}: adapter_config.json and adapter_model.safetensors, for {repository}"
+    if base in HUB_REPOSITORIES:
+        yield "it was trained on the weights of the package, in four bits; those of the Hub are a little different"
+    if extra:
+        yield f"left out: {', '.join(sorted(extra))}, for which PEFT's format has no place"
 
 
 def ollama_modelfile(file_name: str, chat_format: ChatFormat | None) -> str:

@@ -4,7 +4,9 @@
 weights, or in the course. A folder's tokenizer is read where we know its rule for cutting text; another one is refused,
 since a rule that is nearly right gives other ids without a word.
 
-Left out: adapters, which the chapter on LoRA will bring, and `.onnx` files, which `onnx_runtime` reads.
+An adapter may go with it; it is merged into the weights.
+
+Left out: `.onnx` files, which `onnx_runtime` reads.
 """
 
 import json
@@ -67,16 +69,19 @@ def model_names() -> list[str]:
     return [*shipped_checkpoints(), *HUB_REPOSITORIES, *GPT2_REPOSITORIES]
 
 
-def open_model(name: str, *, dtype: str | None = None, tokenizer: str | None = None) -> OpenedModel:
+def open_model(
+    name: str, *, dtype: str | None = None, tokenizer: str | None = None, adapter: str | None = None
+) -> OpenedModel:
     """Return a model with its tokenizer and chat format.
 
     Args:
         name: As for `load_pretrained`: a name, the path of a folder or of a `.gguf` file.
         dtype: A name in `DTYPES`; None keeps the stored one.
         tokenizer: A name or path whose tokenizer is taken instead of the model's own.
+        adapter: A folder with a LoRA adapter for this model, ours or PEFT's: it is added to the weights.
 
     Raises:
-        ValueError: The name is unknown, or a file is damaged or holds what we cannot read.
+        ValueError: The name is unknown, a file is damaged or holds what we cannot read, or the adapter does not fit.
         OSError: A file cannot be read, or to be had from the network only, and cannot be had.
     """
     check_path("model", name)
@@ -84,6 +89,12 @@ def open_model(name: str, *, dtype: str | None = None, tokenizer: str | None = N
         check_choice("dtype", dtype, DTYPES)
     # The model first: loading needs most, and the tokenizer then takes what loading has given back.
     model = load_pretrained(name, dtype=None if dtype is None else DTYPES[dtype])
+    if adapter is not None:
+        from shared.finetuning.lora import detach_lora
+        from shared.finetuning.lora_files import load_any_adapter
+
+        load_any_adapter(model, adapter)
+        detach_lora(model, merge=True)
     found, missing = None, ""
     try:
         found = find_tokenizer(name if tokenizer is None else tokenizer)

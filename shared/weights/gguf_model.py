@@ -186,6 +186,21 @@ def gguf_targets(model: GPTModel, architecture: str) -> dict[str, list[tuple[Ten
     return targets
 
 
+def checked_targets(file: GGUFFile, model: GPTModel) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
+    """Return `gguf_targets` of a file, all of whose names and shapes fit the model; ValueError if one does not."""
+    targets = gguf_targets(model, str(file.metadata["general.architecture"]))
+    # The frequencies are computed, not loaded.
+    if wrong := sorted(targets.keys() ^ (file.tensors.keys() - {"rope_freqs.weight"})):
+        where = "is missing in the file" if wrong[0] in targets else "has no place in the model"
+        raise ValueError(f"{file.path}: {wrong[0]} {where}; {len(wrong)} names do not match")
+    for name, views in targets.items():
+        found, shape = file.tensors[name].shape, tuple(views[0][0].shape)
+        wanted = (len(views), *shape) if "_exps." in name else shape
+        if found != wanted:
+            raise ValueError(f"{file.path}: {name} must have shape {wanted}, got {found}")
+    return targets
+
+
 def load_gguf(
     path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> GPTModel:
@@ -204,17 +219,8 @@ def load_gguf(
     config = config_from_gguf(file)
     check_vocabulary(file, config)
     model = empty_model(config, device, dtype or torch.float32)
-    targets = gguf_targets(model, str(file.metadata["general.architecture"]))
-    # All names and shapes must fit before a number moves; the frequencies are computed, not loaded.
-    if wrong := sorted(targets.keys() ^ (file.tensors.keys() - {"rope_freqs.weight"})):
-        where = "is missing in the file" if wrong[0] in targets else "has no place in the model"
-        raise ValueError(f"{file.path}: {wrong[0]} {where}; {len(wrong)} names do not match")
-    for name, views in targets.items():
-        found, shape = file.tensors[name].shape, tuple(views[0][0].shape)
-        wanted = (len(views), *shape) if "_exps." in name else shape
-        if found != wanted:
-            raise ValueError(f"{file.path}: {name} must have shape {wanted}, got {found}")
-    # Then the numbers, a few rows, or a few experts, at a time.
+    targets = checked_targets(file, model)  # before a number moves
+    # The numbers, a few rows, or a few experts, at a time.
     for name, views in targets.items():
         for first, rows in file.read_rows(name):
             if "_exps." in name:

@@ -176,18 +176,12 @@ class Stand:
 
 
 def test_classify(llm, monkeypatch):
-    module = types.ModuleType("shared.finetuning.classification")
-    module.load_classifier = lambda name: Stand()
-    monkeypatch.setitem(sys.modules, "shared.finetuning", types.ModuleType("shared.finetuning"))
-    monkeypatch.setitem(sys.modules, "shared.finetuning.classification", module)
+    monkeypatch.setattr("shared.finetuning.lora_classifier.open_classifier", lambda name: Stand())
     assert llm("classify", "filter", "Win a prize") == (0, "spam\t0.900\tWin a prize\n", "")
     status, written, _ = llm("classify", "filter", "--json", stdin=b'{"text": "Hello", "id": 1}\n"a prize"\n')
     first, second = map(json.loads, written.splitlines())
     assert (status, first["label"], first["id"], second["label"]) == (0, "ham", 1, "spam")
     assert first["probabilities"] == {"ham": 0.75, "spam": 0.25}
-    monkeypatch.delattr(module, "load_classifier")
-    status, _, error = llm("classify", "filter", "x")
-    assert status == 1 and "needs the classifiers of chapter 6" in error and one_line(error)
 
 
 def test_info(llm, tmp_path):

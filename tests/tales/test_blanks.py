@@ -5,6 +5,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -113,9 +114,9 @@ def test_blanks_of_a_story_against_all_stories(small: tuple, share: float) -> No
     filler, found = small
     rng = random.Random(int(10 * share))
     for _ in range(12):
-        tokens = sum(rng.choices(found, [p for p, _ in found])[0][1], [])
+        tokens = list(chain.from_iterable(rng.choices(found, [p for p, _ in found])[0][1]))
         seen = [None if rng.random() < share else token for token in tokens]
-        everything = ((p, True, sum(parts, [])) for p, parts in found)
+        everything = ((p, True, list(chain.from_iterable(parts))) for p, parts in found)
         check(filler.fill_story(seen), brute_force(everything, seen))
 
 
@@ -126,12 +127,15 @@ def test_blanks_of_a_pair_against_all_pairs(small: tuple, label: int) -> None:
     weights = [p for p, _ in found]
     heads, tails = defaultdict(float), defaultdict(float)
     for (p, parts), cut in itertools.product(found, (1, 2)):
-        heads[cut, tuple(sum(parts[:cut], []))] += p
-        tails[cut, tuple(sum(parts[cut:], []))] += p
+        heads[cut, tuple(chain.from_iterable(parts[:cut]))] += p
+        tails[cut, tuple(chain.from_iterable(parts[cut:]))] += p
     for _ in range(8):
         one, other = (rng.choices(found, weights)[0][1] for _ in range(2))
         cut = rng.randint(1, 2)
-        first, second = sum(one[:cut], []), sum((other if label else one)[cut:], [])
+        first, second = (
+            list(chain.from_iterable(one[:cut])),
+            list(chain.from_iterable((other if label else one)[cut:])),
+        )
         share = rng.choice([0.15, 0.4])
         seen = [None if rng.random() < share else token for token in first + second]
         n, m = len(first), len(second)
@@ -140,10 +144,10 @@ def test_blanks_of_a_pair_against_all_pairs(small: tuple, label: int) -> None:
             return len(tokens) == len(part) and all(a in (None, b) for a, b in zip(part, tokens, strict=True))
 
         pairs = [
-            (0.5 * p * 0.5, True, sum(parts, []))
+            (0.5 * p * 0.5, True, list(chain.from_iterable(parts)))
             for p, parts in found
             for k in (1, 2)
-            if len(sum(parts[:k], [])) == n
+            if len(list(chain.from_iterable(parts[:k]))) == n
         ]
         fitting_tails = [(k, t, p) for (k, t), p in tails.items() if fits(t, seen[n:])]
         pairs += [
@@ -175,7 +179,7 @@ def test_tales_with_nothing_hidden_and_the_truth_always_possible() -> None:
     filler, generator, rng = BlankFiller(words), TaleGenerator(3), np.random.default_rng(0)
     for story in generator.stories(15):
         parts = [words.encode_ordinary(sentence) for sentence in split_sentences(story.text)]
-        tokens = sum(parts, [])
+        tokens = list(chain.from_iterable(parts))
         assert filler.fill_story(tokens).places == []
         seen = [None if rng.random() < 0.15 else token for token in tokens]
         found = filler.fill_story(seen)
@@ -183,7 +187,7 @@ def test_tales_with_nothing_hidden_and_the_truth_always_possible() -> None:
         for place, token in zip(found.places, truth, strict=True):
             assert sum(place.values()) == pytest.approx(1.0)
             assert place[token] > 0
-        head, tail = sum(parts[:4], []), sum(parts[4:], [])
+        head, tail = list(chain.from_iterable(parts[:4])), list(chain.from_iterable(parts[4:]))
         assert filler.fill_pair(head, tail).follows > 0.99
 
 

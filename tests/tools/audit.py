@@ -40,6 +40,8 @@ PROOF = re.compile(r"^#+ .*\b(proof|proven|check(ed)? against)\b", re.I | re.M)
 
 # Files that call `.backward()` themselves, each with its reason; everything else that trains goes through `train`.
 TEACHES_OR_MEASURES: dict[str, str] = {
+    "appendix_lora/01_lora.ipynb": "gradients at the start looked at and proven; a step timed",
+    "appendix_lora/adapt_smollm2.py": "memory and time of single steps over two kinds of base",
     "ch01_intro/03_pytorch_primer.ipynb": "builds autograd and the loop, before they are taught; bugs made on purpose",
     "ch01_intro/two_processes.py": "one gradient shared by two processes, proven against the whole batch",
     "ch02_text_data/05_embeddings.ipynb": "word vectors, before the loop is taught; a gradient looked at",

@@ -17,7 +17,7 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 # Programs that only compare: tag -> the package.
-PROGRAMS = {"needs-xllamacpp": "xllamacpp", "needs-rouge-score": "rouge_score"}
+PROGRAMS = {"needs-xllamacpp": "xllamacpp", "needs-rouge-score": "rouge_score", "needs-peft": "peft"}
 
 
 def missing_tags() -> dict[str, str]:

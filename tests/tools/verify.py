@@ -22,7 +22,11 @@ STEPS = {
     "promotion": [*PYTHON, "tests.tools.promote", "--check"],
     "audit": [*PYTHON, "tests.tools.audit", "--teaching"],
     "architecture": [*PYTHON, "pytest", "tests/course/test_architecture.py"],
-    "pytest": [*PYTHON, "pytest", "--ignore=tests/course/test_architecture.py", "--durations=5", "tests"],
+    "pytest": [
+        *(*PYTHON, "pytest", "--ignore=tests/course/test_architecture.py"),
+        *("-m", "not service", "--durations=5", "tests"),
+    ],
+    "service": [*PYTHON, "pytest", "-m", "service", "--durations=5", "tests/serving"],
     "notebooks": [*PYTHON, *NBVAL, *map(str, notebooks())],
 }
 

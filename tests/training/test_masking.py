@@ -70,7 +70,7 @@ def test_the_same_generator_gives_the_same_masks() -> None:
 
 
 def test_bad_shares_and_vocabularies() -> None:
-    with pytest.raises(ValueError, match="chosen must be between 0.0 and 1.0"):
+    with pytest.raises(ValueError, match=r"chosen must be between 0\.0 and 1\.0"):
         Masking(chosen=1.5)
     with pytest.raises(ValueError, match=r"masked \+ random must be between 0.0 and 1.0"):
         Masking(0.15, 0.8, 0.3)
