@@ -23,10 +23,6 @@ of seed 0, and the same networks with random weights, are tuned on the bundled m
 
 Left in `--output`: `results.json`, one list of rows for all runs, and the folder `tales-bert` with the weights of
 `bert`, seed 0, in bfloat16.
-
-What was run so far: of the above, on an H200 with `--steps 5000`, the baselines, the ceiling, the three choices and "all
-chosen" (they stand in the record as "five blocks, ..."); the others were cut short, as eight processes share one card
-badly: use `--jobs 2`. The shipped model is `--ship quick`, made on one busy thread. Folds of messages: none yet.
 """
 
 import argparse

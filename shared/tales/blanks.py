@@ -85,7 +85,7 @@ class BlankFiller:
         self.grammar = own or grammar()
         self.most_sentences = most_sentences
         self.tokens = cache(lambda text: tuple(encoder.encode_ordinary(text)))
-        self._tails: list[list[tuple[float, Node | None, _Way]]] | None = None
+        self._tails: list[list[tuple[float, Node | None, _Way]]] = []
 
     def fill_story(self, tokens: Sequence[int | None]) -> Blanks:
         """Return what may stand in the places of a whole story that are None.
@@ -111,7 +111,8 @@ class BlankFiller:
         heads: dict[int, list[_Way]] = defaultdict(list)
         for n_sentences, way in self._read(self.grammar.root, _Way(), first, len(first), stop=True):
             heads[n_sentences].append(way)
-        two, two_places = 0.0, [defaultdict(float) for _ in one_places]
+        two = 0.0
+        two_places: list[dict[int, float]] = [defaultdict(float) for _ in one_places]
         for n_sentences, ways in heads.items():
             tails = [
                 (weight, way)
@@ -223,7 +224,7 @@ class BlankFiller:
         for part, name in ways:
             pool = frozenset(self.grammar.lexicons[name])
             # How many entries are taken depends on which of the others come from this pool.
-            parts = [(part, ())]
+            parts: list[tuple[_Way, tuple[str, ...]]] = [(part, ())]
             for other in node.excluded:
                 parts = [split for one in parts for split in _inside_or_not(*one, other, pool)]
             for one, inside in parts:
@@ -234,7 +235,8 @@ class BlankFiller:
 
     def _weigh(self, ways: list[tuple[float, _Way]]) -> tuple[float, list[dict[int, float]]]:
         """Return the weight of all ways together, and for each hidden place that of each token."""
-        total, places = 0.0, []
+        total = 0.0
+        places: list[dict[int, float]] = []
         for factor, way in ways:
             n = count_assignments(way.sets, way.unequal)
             if not n:
@@ -242,7 +244,7 @@ class BlankFiller:
             total += factor * way.weight * n
             if len(places) < len(way.hidden):
                 places += [defaultdict(float) for _ in range(len(way.hidden) - len(places))]
-            shares: dict[str, dict[Entry, float]] = {}
+            shares: dict[str, dict[Entry, int]] = {}
             for place, hidden in zip(places, way.hidden, strict=True):
                 if isinstance(hidden, int):
                     place[hidden] += factor * way.weight * n
@@ -256,7 +258,7 @@ class BlankFiller:
 
     def _tail_starts(self) -> list[list[tuple[float, Node | None, _Way]]]:
         """Return for each number of sentences where a story may stand after them, with nothing seen of them."""
-        if self._tails is None:
+        if not self._tails:
             self._tails = [[] for _ in range(self.most_sentences + 1)]
             for plan in self.grammar.plans.values():
                 self._skip(plan.start, 1 / len(self.grammar.plans))
