@@ -1,6 +1,7 @@
 """What the course reads. In reading order:
 
 - `corpus`: the texts that ship with it (stories, messages, reviews, instructions, questions, languages).
+- `images`: the digits of scikit-learn in fixed splits, and picture files of a reader's own.
 - `connection`: why an address cannot be reached.
 - `encoding`: tiktoken's encodings, made safe for texts from outside.
 - `download`: files and weights from the network, each fetched once and checked.

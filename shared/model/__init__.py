@@ -7,6 +7,8 @@
 - `layers`: norms, feed-forward layers, mixtures of experts, the Transformer block.
 - `gpt`: GPT-2, Llama and their relatives from one configuration.
 - `bert`: the encoder that sees both sides, and the heads of its pretraining.
+- `vit`: images cut into patches, and the encoder that reads them.
+- `attention_maps`: what the heads of such an encoder look at, and whether that is true.
 - `inspection`: what goes on inside: the stream, the heads' attention, heads cut out.
 """
 

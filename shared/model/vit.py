@@ -230,13 +230,17 @@ class ViTModel(nn.Module):
             ValueError: The number of channels or the size does not fit, or there is no image.
             TypeError: The images are not float.
         """
-        grid = self._check(images, interpolate)
-        x = self.patch_embedding(images)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
-        x = self.dropout(x + interpolate_positions(self.positions, self.config.grid, grid))
+        x = self.embed(images, interpolate=interpolate)
         for block in self.blocks:
             x = block(x)
         return self.final_norm(x)
+
+    def embed(self, images: Tensor, *, interpolate: bool = False) -> Tensor:
+        """Return what enters the first block, (batch, 1 + patches, emb_dim); arguments and errors as in `forward`."""
+        grid = self._check(images, interpolate)
+        x = self.patch_embedding(images)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        return self.dropout(x + interpolate_positions(self.positions, self.config.grid, grid))
 
     def _check(self, images: Tensor, interpolate: bool) -> tuple[int, int]:
         """Refuse what does not fit, before anything is computed; return the grid of patches."""

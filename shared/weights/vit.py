@@ -148,8 +148,9 @@ def vit_config_to_hf(config: ViTConfig, n_labels: int | None = None) -> dict[str
 def load_vit_weights(model: ViTModel | ViTClassifier, path: str | os.PathLike[str]) -> None:
     """Copy weights from a safetensors file of transformers' ViT into `model`, a few rows at a time.
 
-    All names and shapes are checked first, so a file that does not fit changes nothing. Names of the modules
-    of transformers 5 are understood too. An encoder can be loaded from a classifier's file; a pooler, which we do not have, is left.
+    All names and shapes are checked first, so a file that does not fit changes nothing. Names of the modules of
+    transformers 5 are understood too. An encoder can be loaded from a classifier's file; a pooler, which we do
+    not have, is left.
 
     Raises:
         ValueError: A tensor is missing, unknown or of another shape, or the file is damaged.
