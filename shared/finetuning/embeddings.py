@@ -117,10 +117,10 @@ class TextEmbedder:
         whole_number("batch_size", batch_size)
         rows = self.encode(texts)
         self._warn(rows, long)
-        # What is read: each text's first piece, or all; and whose it is.
-        pieces, owners = [], []
+        # What is read: the beginning of each text, or all in pieces; and whose it is.
+        pieces, owners, room = [], [], self.max_length - 2
         for owner, ids in enumerate(rows):
-            for piece in cut_pieces(ids, self.max_length - 2)[: 1 if long == "cut" else None]:
+            for piece in [ids[:room]] if long == "cut" else cut_pieces(ids, room):
                 pieces.append(self.tokenizer.build_input(piece)[0])
                 owners.append(owner)
         # The sum over the tokens of each text: its direction is that of the mean.
