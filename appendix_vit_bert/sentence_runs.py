@@ -153,7 +153,10 @@ def run(data: EmbeddedTexts, method: str, role: str, seed: int, **options: objec
     if role == "choice":
         row["detail"] = f"penalty={options['penalty']}"
     replace_rows(FEATURES, FEATURE_COLUMNS, [row], lambda entry: tuple(str(entry[part]) for part in KEY))
-    print(f"{data.name:12} {method:20} {row['detail']:14} {role:7} {seed} {row['correct'] / row['n']:.3f}", flush=True)
+    print(
+        f"{data.name:12} {method:20} {row['detail']:14} {role:7} {seed} {row['correct'] / row['n']:.3f}",
+        flush=True,
+    )
     return row
 
 

@@ -33,7 +33,7 @@ def index(embedder: TextEmbedder) -> SearchIndex:
 # --- passages
 
 
-@given(st.text("ab.!\" \n", max_size=300).filter(str.strip), st.integers(1, 12))
+@given(st.text('ab.!" \n', max_size=300).filter(str.strip), st.integers(1, 12))
 def test_passages_hold_every_word_once_and_are_short(text: str, max_words: int) -> None:
     passages = split_passages(text, max_words)
     assert " ".join(passages).split() == text.split()
@@ -229,7 +229,9 @@ def test_a_damaged_index_is_refused(index: SearchIndex, embedder: TextEmbedder, 
         SearchIndex.load(folder)
 
 
-def test_an_index_of_another_model_is_refused(index: SearchIndex, embedder: TextEmbedder, tmp_path: Path) -> None:
+def test_an_index_of_another_model_is_refused(
+    index: SearchIndex, embedder: TextEmbedder, tmp_path: Path
+) -> None:
     changed = SearchIndex(TEXTS, index.vectors, index.about | {"weights": "0" * 64})
     changed.save(tmp_path / "index")
     with pytest.raises(ValueError, match="embedder must be one with weights 000000000000"):

@@ -43,7 +43,9 @@ def test_the_answers_are_complete() -> None:
             assert int(row["place"]) == sentence_runs.right_places(question, passages, titles)[0]
 
 
-@pytest.mark.parametrize("data, n", [("bundled", 1039), ("reviews", 368), ("uci balanced", 1494), ("uci", 5574)])
+@pytest.mark.parametrize(
+    "data, n", [("bundled", 1039), ("reviews", 368), ("uci balanced", 1494), ("uci", 5574)]
+)
 def test_the_features_are_recorded_text_by_text(data: str, n: int) -> None:
     rows = [r for r in read_rows(sentence_runs.FEATURES) if r["data"] == data and r["role"] == "folds"]
     assert {r["seed"] for r in rows if r["method"] == "MiniLM"} == {"0", "1", "2"}
@@ -55,5 +57,9 @@ def test_the_penalty_is_the_best_of_those_tried() -> None:
     tried = [r for r in read_rows(sentence_runs.FEATURES) if r["role"] == "choice"]
     assert {float(r["penalty"]) for r in tried} == set(sentence_runs.PENALTIES)
     assert {r["seed"] for r in tried} == {str(sentence_runs.spam_runs.CHOICE_SEED)}
-    used = {r["penalty"] for r in read_rows(sentence_runs.FEATURES) if r["role"] == "folds" and r["method"] == "MiniLM"}
+    used = {
+        r["penalty"]
+        for r in read_rows(sentence_runs.FEATURES)
+        if r["role"] == "folds" and r["method"] == "MiniLM"
+    }
     assert used == {str(sentence_runs.chosen_penalty())}
