@@ -32,7 +32,6 @@ from shared.finetuning.embeddings import TextEmbedder, load_embedder
 from shared.finetuning.instruction import answers
 from shared.finetuning.retrieval import SearchIndex, reading_prompt, split_passages
 from shared.notebook.records import read_rows, replace_rows
-from shared.pretraining.processes import cpu_name
 from shared.text.chat_format import chat_format_of
 from shared.weights.gguf import read_gguf
 from shared.weights.pretrained import load_pretrained, load_tokenizer
@@ -161,7 +160,7 @@ def run(data: EmbeddedTexts, method: str, role: str, seed: int, **options: objec
 
 
 def chosen_penalty() -> float:
-    """Return the penalty that is best on the folds of the seed for choices; it is chosen first if the record lacks it."""
+    """Return the penalty that is best on the folds of the seed for choices; tried first if the record lacks it."""
     tried = [row for row in read_rows(FEATURES) if row["role"] == "choice"]
     if len(tried) < len(PENALTIES):
         data = EmbeddedTexts("bundled", load_sms())

@@ -30,7 +30,7 @@ from shared.weights.bert import load_bert, load_bert_tokenizer
 
 
 def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Return the cosine of the angle between each row of `first` and each of `second`: (n, width), (m, width) -> (n, m).
+    """Return the cosine between each row of `first` and each of `second`: (n, width), (m, width) -> (n, m).
 
     Raises:
         ValueError: They are no matrices of one width, or a row is all zeros: it has no direction.
@@ -163,7 +163,7 @@ def load_embedder(
     max_length: int = 256,
     device: str | torch.device = "cpu",
 ) -> TextEmbedder:
-    """Return the embedder of a model that `load_bert` knows; one that was not trained for sentences is one in form only.
+    """Return the embedder of a model that `load_bert` knows; good ones were trained for sentences.
 
     Args:
         name_or_path: As for `shared.weights.bert.load_bert`, where the errors stand too.
