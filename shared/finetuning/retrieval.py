@@ -97,11 +97,11 @@ class SearchIndex:
         for place, text in enumerate(texts):
             check_text(f"texts[{place}]", text)
         require("texts", len(texts), len(texts) > 0, "at least one")
-        shape = tuple(vectors.shape)
-        require("vectors", shape, vectors.dim() == 2 and len(vectors) == len(texts), f"({len(texts)}, width)")
+        shape, vectors = tuple(vectors.shape), vectors.float().cpu()
+        require("vectors", shape, len(shape) == 2 and shape[0] == len(texts), f"({len(texts)}, width)")
         lengths = vectors.norm(dim=1)
         require("vectors", "others", bool(((lengths - 1).abs() < 1e-3).all()), "of length 1")
-        self.texts, self.vectors, self.about = list(texts), vectors.float().cpu(), dict(about or {})
+        self.texts, self.vectors, self.about = list(texts), vectors, dict(about or {})
 
     @classmethod
     def build(cls, embedder: TextEmbedder, texts: Sequence[str], **options: Any) -> "SearchIndex":
@@ -124,12 +124,12 @@ class SearchIndex:
         require("k", k, whole_number("k", k) <= n, f"at most {n}, the number of texts")
         # A few hundred at a time: all scores at once could be more than the memory holds.
         parts = [(some @ self.vectors.T).topk(k) for some in queries.float().cpu().split(256)]
-        if not parts or not len(queries):
-            return torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
     def find(self, embedder: TextEmbedder, question: str, k: int = 3) -> list[Hit]:
         """Return the `k` texts that are nearest to a question, the best first.
+
+        It looks at all weights of the embedder; for many questions call `check` once, and then `search`.
 
         Raises:
             ValueError: The embedder is not the one that the index was made with, the question is empty, or `k` is not

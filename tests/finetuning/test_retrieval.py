@@ -181,6 +181,10 @@ def test_bad_parts_of_an_index() -> None:
             SearchIndex(["a", "b"], bad)
     with pytest.raises(TypeError, match=r"texts\[1\] must be a str"):
         SearchIndex(["a", 2], torch.eye(2))
+    with pytest.raises(ValueError, match=r"vectors must be \(2, width\), got \(2,\)"):
+        SearchIndex(["a", "b"], torch.ones(2))
+    whole_numbers = SearchIndex(["a", "b"], torch.eye(2, dtype=torch.int64))
+    assert whole_numbers.search(torch.eye(2), 1)[1].tolist() == [[0], [1]]
 
 
 # --- kept in files
