@@ -6,6 +6,7 @@
 - `transformer`: the original Transformer, encoder and decoder.
 - `layers`: norms, feed-forward layers, mixtures of experts, the Transformer block.
 - `gpt`: GPT-2, Llama and their relatives from one configuration.
+- `bert`: the encoder that sees both sides, and the heads of its pretraining.
 - `inspection`: what goes on inside: the stream, the heads' attention, heads cut out.
 """
 

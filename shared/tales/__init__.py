@@ -7,6 +7,7 @@
 - `scoring`: how much of a written text the grammar allows.
 - `encoding`: the tokenizer of the tales.
 - `distribution`: the exact chances of every next token.
+- `blanks`: what may stand in hidden places, exactly, and whether two segments belong together.
 - `errors`: sentences with one wrong word.
 - `instructions`: questions about stories, with their answers.
 - `look_ups`: rules that answer some of these questions and understand nothing.

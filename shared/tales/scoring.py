@@ -9,6 +9,7 @@ Left out: sentences outside that plan, and what is said of things that the text 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from shared.tales.generator import derivations, grammar
 from shared.tales.nodes import Entry, Fork, Mention, Node, Plan, Text
 
 PRONOUNS = {"he", "him", "his", "himself", "sib"}
+
+_SENTENCE_END = re.compile(r'[.!?](?:"(?=\s)|(?=\s))')
 
 Reading = tuple[tuple[Mention, str], ...]
 
@@ -65,16 +68,14 @@ def score(text: str) -> Score:
 
 def split_sentences(text: str) -> list[str]:
     """Split a text into sentences; a quotation and the words that introduce it are one sentence."""
-    sentences, start, quoted = [], 0, False
+    sentences, start = [], 0
     text = text.strip()
-    for position, character in enumerate(text):
-        quoted ^= character == '"'
-        last = text[position - 1] if character == '"' else character
-        follows = text[position + 1 : position + 3]
-        ends = not follows or (follows[0].isspace() and not follows[1:].islower())
-        if last in ".!?" and not quoted and ends:
-            sentences.append(text[start : position + 1].strip())
-            start = position + 1
+    # A full stop or the like, perhaps a quotation mark, white space, and no lower-case letter; not inside a quotation.
+    for match in _SENTENCE_END.finditer(text):
+        end = match.end()
+        if text.count('"', 0, end) % 2 == 0 and not text[end + 1 : end + 2].islower():
+            sentences.append(text[start:end].strip())
+            start = end
     rest = text[start:].strip()
     return [*sentences, rest] if rest else sentences
 

@@ -7,6 +7,7 @@
 - `merges`: the two algorithms of byte pair encoding, learning merges and carrying them out.
 - `tokenizer`: byte pair encoding of text, with special tokens, streams and files.
 - `renumbered`: byte pair encoding under other people's ids.
+- `wordpiece`: BERT's tokenizer: words and their longest pieces, learned, applied, read from files.
 - `chat_format`: a conversation as tokens.
 - `dataset`: windows, targets, batches, token files larger than memory.
 - `skipgram`: vectors of words learned from their neighbours.

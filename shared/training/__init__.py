@@ -5,6 +5,7 @@
 - `loop`: the training loop, for any loss, and its log.
 - `schedules`: the learning rate over the steps.
 - `optimizers`: Muon and Lion, and the groups of parameters for every optimizer.
+- `masking`: BERT's exercises: hidden tokens, and pairs of which the second follows or not.
 - `planning`: parameters, memory, arithmetic and traffic of a run before it begins.
 - `checkpoint`: a run saved and continued to the last digit.
 - `diagnosis`: first-aid checks of a run, early stopping, a profile by operator.

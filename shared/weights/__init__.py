@@ -7,6 +7,7 @@
 - `gguf_model`: from a GGUF file to a model and its tokenizer.
 - `pretrained`: trained models and their tokenizers from a name, a folder or a file.
 - `huggingface`: our models and tokenizers as folders that transformers loads.
+- `bert`: encoders of transformers read by name, ours written for it.
 - `gguf_writer`: our models as GGUF files.
 - `onnx`: our models as ONNX graphs.
 """
