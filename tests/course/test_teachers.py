@@ -18,7 +18,9 @@ def test_every_notebook_has_a_row():
     there = [(NOTES.parent / row[2]).resolve().relative_to(ROOT.resolve()).as_posix() for row in ROWS]
     assert there == [path.relative_to(ROOT).as_posix() for path in notebooks()]
     for row, name in zip(ROWS, there, strict=True):
-        folder = {"A": "appendix_lora", "B": "appendix_vit_bert", "D": "deployment"}.get(row[0], rf"ch0{row[0]}_\w+")
+        folder = {"A": "appendix_lora", "B": "appendix_vit_bert", "D": "deployment"}.get(
+            row[0], rf"ch0{row[0]}_\w+"
+        )
         assert re.match(rf"{folder}/0{row[1]}_", name)
 
 
