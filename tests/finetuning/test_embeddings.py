@@ -190,7 +190,7 @@ def test_it_says_what_its_vectors_depend_on(tiny: TextEmbedder) -> None:
 
 def test_the_shipped_bert_is_loaded_with_its_own_context() -> None:
     tales = load_embedder("tales-bert")
-    assert tales.max_length == tales.model.config.context_length == 232 and tales.width == 64
+    assert tales.max_length == tales.model.config.context_length == 232 and tales.width == 128
     assert load_embedder("tales-bert", max_length=50).max_length == 50
 
 

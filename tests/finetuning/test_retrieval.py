@@ -146,16 +146,16 @@ def test_every_text_finds_itself(index: SearchIndex, embedder: TextEmbedder) -> 
 
 
 def test_no_query_has_no_result(index: SearchIndex) -> None:
-    scores, places = index.search(torch.empty(0, 64), 2)
+    scores, places = index.search(torch.empty(0, 128), 2)
     assert scores.shape == places.shape == (0, 2)
 
 
 def test_bad_searches(index: SearchIndex, embedder: TextEmbedder) -> None:
     with pytest.raises(ValueError, match="k must be at most 3, the number of texts, got 4"):
-        index.search(torch.ones(1, 64), 4)
+        index.search(torch.ones(1, 128), 4)
     with pytest.raises(ValueError, match="k must be at least 1"):
         index.find(embedder, "lamp", 0)
-    with pytest.raises(ValueError, match=r"queries must be \(queries, 64\), got \(1, 32\)"):
+    with pytest.raises(ValueError, match=r"queries must be \(queries, 128\), got \(1, 32\)"):
         index.search(torch.ones(1, 32), 1)
     with pytest.raises(ValueError, match="text that is not empty"):
         index.find(embedder, " ")
@@ -224,7 +224,7 @@ def test_a_damaged_index_is_refused(index: SearchIndex, embedder: TextEmbedder, 
     with pytest.raises(ValueError, match="must hold an index that is whole"):
         SearchIndex.load(folder)
     save_file({"vectors": torch.eye(3)}, weights)
-    with pytest.raises(ValueError, match="width must be the embedder's, 64, got 3"):
+    with pytest.raises(ValueError, match="width must be the embedder's, 128, got 3"):
         SearchIndex.load(folder, embedder)
     weights.unlink()
     with pytest.raises(FileNotFoundError):
