@@ -16,12 +16,10 @@ the role "choice". Every row holds, text by text, whether the method was right. 
 
 import argparse
 import csv
-import importlib.util
 import time
 import warnings
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from shared.data.models import model_file
 from shared.finetuning.embeddings import TextEmbedder, load_embedder
 from shared.finetuning.instruction import answers
 from shared.finetuning.retrieval import SearchIndex, reading_prompt, split_passages
-from shared.notebook.records import read_rows, replace_rows
+from shared.notebook.records import load_script, read_rows, replace_rows
 from shared.text.chat_format import chat_format_of
 from shared.weights.gguf import read_gguf
 from shared.weights.pretrained import load_pretrained, load_tokenizer
@@ -43,16 +41,7 @@ ANSWER_COLUMNS = ["number", "passage", "place", "reply"]
 READER, MAX_NEW_TOKENS = "smollm2-135m-instruct", 24
 
 
-def script_of_chapter_6() -> ModuleType:
-    """Return `spam_runs.py`, which lies in the folder of another chapter, as a module."""
-    path = HERE.parent / "ch06_classification" / "spam_runs.py"
-    specification = importlib.util.spec_from_file_location("spam_runs", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-spam_runs = script_of_chapter_6()
+spam_runs = load_script(HERE.parent / "ch06_classification" / "spam_runs.py")
 FEATURE_COLUMNS = [*spam_runs.COLUMNS, "penalty"]
 PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3)
 KEY = ("data", "method", "detail", "role", "seed")
