@@ -17,12 +17,10 @@ folds for its loss on stories.
 """
 
 import argparse
-import importlib.util
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,7 +31,7 @@ from shared.data.corpus import load_sms
 from shared.finetuning.lora import attach_lora, lora_groups
 from shared.finetuning.tuning import GPTClassifier, learning_rate_groups, set_trainable
 from shared.model.gpt import GPTModel
-from shared.notebook.records import read_rows, replace_row
+from shared.notebook.records import load_script, read_rows, replace_row
 from shared.notebook.tale_runs import story_rows
 from shared.pretraining.processes import cpu_name
 from shared.training.losses import next_token_loss
@@ -44,15 +42,7 @@ RESULTS = HERE / "lora_runs.csv"
 CHAPTER_6 = HERE.parent / "ch06_classification" / "spam.csv"
 
 
-def script_of_chapter_6() -> ModuleType:
-    """Return `spam_runs.py`, which lies in the folder of another chapter, as a module."""
-    specification = importlib.util.spec_from_file_location("spam_runs", CHAPTER_6.with_name("spam_runs.py"))
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-spam_runs = script_of_chapter_6()
+spam_runs = load_script(CHAPTER_6.with_name("spam_runs.py"))
 COLUMNS = [
     "method",
     "role",
@@ -201,19 +191,6 @@ def recorded(data: Any) -> dict[str, dict[tuple[int, int], tuple[bool, bool]]]:
             for place, mark in zip(judged, row["right"], strict=True):
                 found.setdefault(method, {})[seed, place] = mark == "1", chapter["small", seed][place] == "1"
     return found
-
-
-def difference(both: dict[tuple[int, int], tuple[bool, bool]]) -> tuple[float, float, float]:
-    """Return how much oftener the first was right than the second, in percent, and the ends of the 95 % interval.
-
-    Messages are what is drawn: several seeds of one message count as their mean.
-    """
-    by_message: dict[int, list[int]] = {}
-    for (_, place), (one, other) in both.items():
-        by_message.setdefault(place, []).append(100 * (int(one) - int(other)))
-    gained = np.array([np.mean(values) for values in by_message.values()])
-    half = 1.96 * gained.std(ddof=1) / np.sqrt(len(gained))
-    return float(gained.mean()), float(gained.mean() - half), float(gained.mean() + half)
 
 
 def run_all(planned: list[Job], device: str, n_processes: int, minutes: float) -> None:

@@ -3,6 +3,8 @@
 - `features`: what a frozen model computes of texts, computed once and kept.
 - `tuning`: a GPT with a classification head, trained in part or whole.
 - `encoders`: a BERT with a classification head.
+- `embeddings`: texts to vectors whose direction is their meaning.
+- `retrieval`: search in texts, by meaning and by words.
 - `classification`: texts to labels with probabilities; the course's spam filter.
 - `conversations`: what to learn from: checked, read from JSONL, compared with the test set.
 - `instruction`: from continuing a text to answering: new tokens, labels, batches, tuning, replies.

@@ -2,7 +2,7 @@
 
 `BERTModel` gives a vector for each token, and `pool` one for the input; `BERTForPreTraining` adds the
 logits of hidden tokens and of "does the second segment follow?" (0: it does). The blocks are
-`TransformerBlock` with the norms behind the additions.
+`TransformerBlock` with the norms after the additions.
 
 Left out: relative positions, cross-attention, other heads (a classifier is in
 `shared.finetuning.encoders`), and dropout of attention that differs from the rest.
@@ -57,6 +57,7 @@ class BERTConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        # All fields that are numbers of something are checked alike.
         sizes = {field.name: getattr(self, field.name) for field in fields(self) if "int" in str(field.type)}
         check_sizes(**{name: size for name, size in sizes.items() if size is not None})
         require(
@@ -83,7 +84,9 @@ BERT_PRESETS: dict[str, dict[str, object]] = {
 
 def build_encoder_block(config: BERTConfig) -> TransformerBlock:
     """Return one block: attention in both directions, every map with a bias, the norms behind the additions."""
-    attention = MultiHeadAttention(config.emb_dim, config.n_heads, dropout=config.dropout, qkv_bias=True)
+    attention = MultiHeadAttention(
+        config.emb_dim, config.n_heads, dropout=config.dropout, qkv_bias=True, causal=False
+    )
     feed_forward = FeedForward(config.emb_dim, config.feed_forward_dim, activation=config.activation)
     norms = [LayerNorm(config.emb_dim, config.norm_eps) for _ in range(2)]
     return TransformerBlock(attention, feed_forward, *norms, dropout=config.dropout, pre_norm=False)

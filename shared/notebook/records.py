@@ -1,10 +1,14 @@
-"""What scripts that record measurements share: records that grow and change row by row."""
+"""What scripts that record measurements share: records that grow row by row, comparison in pairs, other scripts."""
 
 import csv
+import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 
 def replace_rows(
@@ -51,3 +55,34 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def paired_difference(both: Mapping[tuple[int, int], tuple[bool, bool]]) -> tuple[float, float, float]:
+    """Return how much oftener one method was right than another, in percentage points, and its 95 % interval's ends.
+
+    Texts are what is drawn: several seeds of one text count as their mean. The interval is 1.96 standard errors of the
+    mean over the texts, to each side.
+
+    Args:
+        both: (seed, number of the text) -> whether the one was right, and the other.
+
+    Raises:
+        ValueError: There are fewer than two texts.
+    """
+    by_text: dict[int, list[int]] = {}
+    for (_, place), (one, other) in both.items():
+        by_text.setdefault(place, []).append(100 * (int(one) - int(other)))
+    if len(by_text) < 2:
+        raise ValueError(f"both must hold at least two texts, got {len(by_text)}")
+    gained = np.array([np.mean(values) for values in by_text.values()])
+    half = 1.96 * gained.std(ddof=1) / np.sqrt(len(gained))
+    return float(gained.mean()), float(gained.mean() - half), float(gained.mean() + half)
+
+
+def load_script(path: Path) -> ModuleType:
+    """Return a script that lies in the folder of another chapter as a module. Raises FileNotFoundError."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module

@@ -61,9 +61,12 @@ def split_words(text: str) -> list[str]:
         start = 0
         for place, character in enumerate(chunk):
             if _is_punctuation(character):
-                words += [chunk[start:place]] * (place > start) + [character]
+                if place > start:
+                    words.append(chunk[start:place])
+                words.append(character)
                 start = place + 1
-        words += [chunk[start:]] * (start < len(chunk))
+        if start < len(chunk):
+            words.append(chunk[start:])
     return words
 
 
@@ -174,7 +177,7 @@ def train_pieces(counts: Mapping[str, int], n_merges: int) -> list[str]:
             count(place, 1)
         total = singles.total()
         del pairs[best]
-        pairs = +pairs
+        pairs = +pairs  # without those whose count is 0
     return learned
 
 
@@ -277,28 +280,6 @@ class WordPieceTokenizer:
         short = {word: n for word, n in counts.items() if len(word) <= MOST_CHARACTERS}
         return cls([*first, *train_pieces(short, vocab_size - len(first))], lowercase=lowercase)
 
-    def build_input(
-        self, first: Sequence[int], second: Sequence[int] | None = None, max_length: int | None = None
-    ) -> tuple[list[int], list[int]]:
-        """Return [CLS] first [SEP], or [CLS] first [SEP] second [SEP], and the segment of each token: 0, then 1.
-
-        With `max_length` the longer of the two gives up its last token until all fits.
-
-        Raises:
-            ValueError: `max_length` has no room for the special tokens and a token of each segment.
-        """
-        parts = [list(first)] if second is None else [list(first), list(second)]
-        if max_length is not None:
-            room = whole_number("max_length", max_length) - len(parts) - 1
-            require("max_length", max_length, room >= len(parts), f"at least {2 * len(parts) + 1}")
-            while sum(map(len, parts)) > room:
-                max(parts, key=len).pop()
-        ids, segments = [self.cls_id], [0]
-        for segment, part in enumerate(parts):
-            ids += [*part, self.sep_id]
-            segments += [segment] * (len(part) + 1)
-        return ids, segments
-
     def decode(self, ids: Iterable[int]) -> str:
         """Return the pieces as text, a space between two words; what the tokenizer threw away does not come back.
 
@@ -337,6 +318,28 @@ class WordPieceTokenizer:
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} must be a vocabulary of WordPiece in UTF-8: {error!r}") from error
         return cls(pieces, lowercase=found if lowercase is None else lowercase)
+
+    def build_input(
+        self, first: Sequence[int], second: Sequence[int] | None = None, max_length: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return [CLS] first [SEP], or [CLS] first [SEP] second [SEP], and the segment of each token: 0, then 1.
+
+        With `max_length` the longer of the two gives up its last token until all fits.
+
+        Raises:
+            ValueError: `max_length` has no room for the special tokens and a token of each segment.
+        """
+        parts = [list(first)] if second is None else [list(first), list(second)]
+        if max_length is not None:
+            room = whole_number("max_length", max_length) - len(parts) - 1
+            require("max_length", max_length, room >= len(parts), f"at least {2 * len(parts) + 1}")
+            while sum(map(len, parts)) > room:
+                max(parts, key=len).pop()
+        ids, segments = [self.cls_id], [0]
+        for segment, part in enumerate(parts):
+            ids += [*part, self.sep_id]
+            segments += [segment] * (len(part) + 1)
+        return ids, segments
 
 
 def _read_json(content: Mapping) -> tuple[list[str], bool]:

@@ -126,7 +126,7 @@ def sentence_pair(
     n = len(documents)
     require("documents", n, n > 1, "at least two: else every end would be the true one")
     place = int(rng.integers(n)) if place is None else place
-    # Another document: any but this, each as probable.
+    # Another document, each as probable: the numbers from this one's on move up by one, so that it is never drawn.
     other = int(rng.integers(n - 1))
     other += other >= place
     label = int(rng.integers(2))

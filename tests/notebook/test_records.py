@@ -3,9 +3,16 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from shared.notebook.records import read_rows, replace_row, replace_rows
+from shared.notebook.records import (
+    load_script,
+    paired_difference,
+    read_rows,
+    replace_row,
+    replace_rows,
+)
 from shared.pretraining.processes import cpu_name
 
 COLUMNS = ["name", "seed", "loss"]
@@ -49,3 +56,23 @@ def test_one_row_replaces_the_row_with_the_same_values_of_its_key(tmp_path):
 
 def test_the_processor_has_a_name():
     assert cpu_name().strip()
+
+
+def test_the_difference_and_its_interval():
+    both = {(0, i): (i % 4 != 0, i % 2 == 0) for i in range(400)}  # 75 % and 50 % right
+    mean, low, high = paired_difference(both)
+    gained = np.array([100 * (int(a) - int(b)) for a, b in both.values()])
+    half = 1.96 * gained.std(ddof=1) / 20
+    assert mean == pytest.approx(25) and (low, high) == (pytest.approx(25 - half), pytest.approx(25 + half))
+    # The same messages under a second seed make the interval no narrower.
+    twice = both | {(1, i): values for (_, i), values in both.items()}
+    assert paired_difference(twice) == pytest.approx((mean, low, high))
+    with pytest.raises(ValueError, match="both must hold at least two texts, got 1"):
+        paired_difference({(0, 5): (True, False), (1, 5): (True, True)})
+
+
+def test_a_script_of_another_folder_is_loaded(tmp_path):
+    (tmp_path / "some_script.py").write_text("ANSWER = 6 * 7\n")
+    assert load_script(tmp_path / "some_script.py").ANSWER == 42
+    with pytest.raises(FileNotFoundError):
+        load_script(tmp_path / "missing.py")
