@@ -116,14 +116,15 @@ def serve(
         from shared.weights.pretrained import ALIASES
 
         logs.set_up(log_level)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        # Each thread that computes keeps helpers of its own, which wait for more; more of them than cores are put to
+        # sleep between two products, and waking them costs a fifth of the speed. So only the engine's thread has any.
+        n_threads = threads or torch.get_num_threads()
+        torch.set_num_threads(1)
         name = check_utf8("MODEL", model) if model is not None else default_model()
         found = open_model(name, dtype=dtype, tokenizer=tokenizer)
         if name not in {*model_names(), *ALIASES}:  # a path is nobody's business
             found = replace(found, name=Path(name).stem)
-        service = Service(found, limits, find_classifier(classifier))
-        service.warm_up()
+        service = Service(found, limits, find_classifier(classifier), n_threads)
         hosts = allowed_host or (LOOPBACK if is_local else ())
         app = create_app(
             service, KeyRing(hashes), hosts=hosts, origins=cors_origin or (), log_texts=log_texts

@@ -82,6 +82,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to compute, then to listen."""
         self.service.start(asyncio.get_running_loop())
+        await self.service.warm_up()
         await super().startup(sockets)
         if self.on_start is not None:
             self.on_start()

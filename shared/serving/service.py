@@ -38,6 +38,7 @@ class Service:
         opened: The model, with a tokenizer.
         limits: What is taken.
         classifier: For `/v1/classify`: its name, and what loads it when it is first asked; None if there is none.
+        threads: How many threads the engine computes with; None is torch's default.
 
     Attributes:
         name: Of the model, for clients.
@@ -52,6 +53,7 @@ class Service:
         opened: OpenedModel,
         limits: Limits | None = None,
         classifier: "tuple[str, Callable[[], TextClassifier]] | None" = None,
+        threads: int | None = None,
     ) -> None:
         self.limits, self.metrics = limits or Limits(), Metrics()
         self.classifier_name = None if classifier is None else classifier[0]
@@ -76,7 +78,9 @@ class Service:
             context_length=self.context_length,
             forbidden_ids=[token for token, size in enumerate(sizes) if not size],
         )
-        self.worker = Worker(self.engine, self.limits.max_batch_size, self.limits.max_waiting, self.metrics)
+        self.worker = Worker(
+            self.engine, self.limits.max_batch_size, self.limits.max_waiting, self.metrics, threads
+        )
         self._encoder = ThreadPoolExecutor(1, "tokenizer")
         self._watch()
 
@@ -105,11 +109,15 @@ class Service:
         )
         watch("draining", "1 while the server is about to end", lambda: self.draining)
 
-    def warm_up(self) -> None:
+    async def warm_up(self) -> None:
         """Write two tokens, so that the first caller does not pay for what the first step sets up."""
-        request = self.engine.submit(self._begin or [0], max_new_tokens=2)
-        while request.finish_reason is None:
-            self.engine.step()
+
+        def write() -> None:
+            request = self.engine.submit(self._begin or [0], max_new_tokens=2)
+            while request.finish_reason is None:
+                self.engine.step()
+
+        await self.worker.call(write)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to compute."""
@@ -273,9 +281,15 @@ class Service:
 
     async def _loaded_classifier(self) -> "TextClassifier":
         """Return the classifier, loaded once, where it holds up nobody."""
-        assert self._load_classifier is not None
+        load = self._load_classifier
+        assert load is not None
+
+        def load_alone() -> "TextClassifier":
+            torch.set_num_threads(1)  # helpers of this thread would wait beside the engine's
+            return load()
+
         if self._classifier is None:
-            self._classifier = asyncio.get_running_loop().run_in_executor(None, self._load_classifier)
+            self._classifier = asyncio.get_running_loop().run_in_executor(None, load_alone)
         try:
             return await asyncio.shield(self._classifier)
         except Exception:

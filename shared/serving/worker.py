@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
 from shared.generation.batching import BatchEngine, Event, Request
 from shared.generation.options import GenerationOptions
 from shared.serving.errors import ApiError
@@ -72,15 +74,23 @@ class Worker:
         max_running: Sequences that the engine runs at a time.
         max_waiting: Sequences that may wait for a place; more are refused.
         metrics: Where to count.
+        threads: How many threads a step computes with; None is torch's default.
 
     Attributes:
         n_open: Sequences that run or wait.
         n_failures: Steps that failed, since the last one that did not.
     """
 
-    def __init__(self, engine: BatchEngine, max_running: int, max_waiting: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: BatchEngine,
+        max_running: int,
+        max_waiting: int,
+        metrics: Metrics,
+        threads: int | None = None,
+    ) -> None:
         self.engine, self.max_running, self.max_open = engine, max_running, max_running + max_waiting
-        self.metrics = metrics
+        self.metrics, self.threads = metrics, threads
         self.n_open = self.n_failures = 0
         self._jobs: dict[Request, Job] = {}
         self._inbox: deque[tuple[str, Job]] = deque()
@@ -156,6 +166,8 @@ class Worker:
     def _run(self) -> None:
         """Take what has come, compute a step, hand out what it brought; sleep where there is nothing to do."""
         try:
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)  # of this thread alone
             while True:
                 with self._condition:
                     while not (self._inbox or self._calls or self._jobs or self._stopping):

@@ -1,5 +1,6 @@
 """`llm serve` as a process: ill treatment, cancels, signals, and what it refuses before it starts."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from deployment import serve_load
-from deployment.serve_client import Served
+from deployment.serve_client import Served, ask
 from deployment.serve_malformed import malformed
 from shared.serving.cli import main
 from shared.serving.security import hash_of, read_keys
@@ -72,6 +73,18 @@ def test_sigterm_drops_nothing_and_sigkill_leaves_nothing_behind(process):
                 time.sleep(0.2)
                 back.process.send_signal(signal.SIGINT)
                 assert back.process.wait(5) == 0
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted as Linux shows them")
+def test_only_one_thread_has_helpers():
+    """A second team of helpers waits beside the first, and torch's library then puts both to sleep at each product."""
+    n_tasks = []
+    for threads in (1, 4):
+        with Served("tales-3m", "--threads", str(threads)) as found:
+            answer = asyncio.run(ask(found.url, "Once upon a time", 8, model=found.model))
+            assert answer.complete
+            n_tasks.append(len(os.listdir(f"/proc/{found.process.pid}/task")))
+    assert n_tasks[1] - n_tasks[0] == 3
 
 
 # --- before it starts
