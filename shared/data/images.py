@@ -132,7 +132,8 @@ def load_digit(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Te
     # What stands along the edge is paper.
     edge = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
     gray = 1 - gray if np.median(edge) > (gray.min() + gray.max()) / 2 else gray
-    require("the picture's contrast", float(np.ptp(gray)), np.ptp(gray) > 0.1, "above 0.1")
+    contrast = float(np.ptp(gray))
+    require("the picture's contrast", contrast, contrast > 0.1, "above 0.1")
     ink = gray > (gray.min() + gray.max()) / 2
     # The digit alone, in a square of 32 x 32 with its shape kept.
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
