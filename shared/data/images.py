@@ -1,26 +1,39 @@
 """Images: the digits that come with scikit-learn, in fixed splits, and files of a reader's own.
 
 Pixels are float32 from -1 to 1, as the released Vision Transformers want them; of a digit, -1 is paper and 1
-is ink. Files are read through Pillow, which matplotlib needs anyway. Nothing is fetched.
+is ink. Files are read through Pillow, which matplotlib needs anyway. Nothing is fetched. A picture in `bytes`
+is taken for a stranger's: few formats are read, and what makes a small file costly is refused or left out.
 
 Left out: video, many images in one file, and more than 8 bits for a channel.
 
 The digits are the test part of Alpaydin and Kaynak (1998, "Cascading Classifiers"): 1,797 images by 13 people.
 """
 
+import io
 import os
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from shared.checks import check_choice, require, whole_number
 
 MAX_PIXELS = 40_000_000  # of a file; a small file can claim to be a picture that fills the memory
 _MODES = {1: "L", 3: "RGB"}
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+)  # of strangers; a PostScript file, for one, would start a program that runs it
+_SCANS = 10  # in which a JPEG file usually repeats its picture, from coarse to fine; each costs time for all pixels
+_EXIF = b"Exif\0\0"
+_MOST_EXIF = (
+    65_536  # bytes of what a camera notes; entries can overlap, so that the cost grows with the square
+)
+Source = str | os.PathLike[str] | bytes
 SPLITS = ("train", "validation", "test")
 
 
@@ -73,40 +86,65 @@ def _split_places(labels: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.from_numpy(found) for name, found in places.items()}
 
 
-def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the picture in a file, upright as the camera saw it.
+
+    Args:
+        source: A path; or the file's bytes, which are then taken for a stranger's and must be of a format in `FORMATS`.
+        max_pixels: More are refused before they are decoded.
 
     Raises:
         ValueError: The file is no image that Pillow knows, is damaged, or has more pixels than allowed.
         FileNotFoundError: There is no such file.
     """
     whole_number("max_pixels", max_pixels)
+    file: Source | io.BytesIO = source
+    if isinstance(source, bytes):
+        file, max_pixels = _tamed(source, max_pixels)
+    formats = FORMATS if isinstance(source, bytes) else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
-            with Image.open(path) as image:
+            warnings.simplefilter(
+                "ignore"
+            )  # our own limit stands below; odd notes of a camera spoil no picture
+            with Image.open(file, formats=formats) as image:
                 width, height = image.size
-                require("pixels", width * height, width * height <= max_pixels, f"at most {max_pixels}")
-                image.load()
-                return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
+                if width * height <= max_pixels:
+                    image.load()
+                    for key in ("exif", "Raw profile type exif"):
+                        if len(image.info.get(key) or b"") > _MOST_EXIF:
+                            del image.info[key]
+                    return ImageOps.exif_transpose(image)
+    except (FileNotFoundError, MemoryError):
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"{os.fspath(path)} must be an image: {error}") from error
+    except Exception as error:  # each format has errors of its own
+        if isinstance(source, bytes):  # what Pillow says shows parts of the file, and places in memory
+            raise ValueError(f"the picture must be a whole file of {', '.join(FORMATS)}") from error
+        raise ValueError(f"{os.fspath(source)} must be an image: {error}") from error
+    raise ValueError(f"pixels must be at most {max_pixels}, got {width * height}")
+
+
+def _tamed(data: bytes, max_pixels: int) -> tuple[io.BytesIO, int]:
+    """Return a stranger's file and how many pixels it may have, so that neither scans nor notes cost much."""
+    if data.startswith(b"\xff\xd8"):  # JPEG, where this mark stands for a scan and never within its numbers
+        max_pixels = max_pixels * _SCANS // max(_SCANS, data.count(b"\xff\xda"))
+        # Pillow strings all notes together; only the first keeps its name.
+        before, name, behind = data.partition(_EXIF)
+        data = before + name + behind.replace(_EXIF, bytes(len(_EXIF)))
+    return io.BytesIO(data), max_pixels
 
 
 def load_image(
-    path: str | os.PathLike[str], size: tuple[int, int], n_channels: int = 3, max_pixels: int = MAX_PIXELS
+    source: Source, size: tuple[int, int], n_channels: int = 3, max_pixels: int = MAX_PIXELS
 ) -> Tensor:
     """Return the picture in a file as float32 (1, n_channels, height, width) from -1 to 1, stretched to a size.
 
     Transparent parts become white.
 
     Args:
-        path: Of a file that Pillow knows: PNG, JPEG, WebP, ...
+        source, max_pixels: As for `open_image`.
         size: Height and width.
         n_channels: 1 for gray, 3 for colors.
-        max_pixels: More are refused before they are decoded.
 
     Raises:
         ValueError: What `open_image` refuses, or a size below 1, or another number of channels.
@@ -114,11 +152,11 @@ def load_image(
     """
     check_choice("n_channels", n_channels, _MODES)
     height, width = (whole_number("size", side) for side in size)
-    image = _on_white(open_image(path, max_pixels)).convert(_MODES[n_channels])
+    image = _on_white(open_image(source, max_pixels)).convert(_MODES[n_channels])
     return _as_tensor(image.resize((width, height), Image.Resampling.BOX))
 
 
-def load_digit(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Tensor:
+def load_digit(source: Source, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Return a picture of one digit as scikit-learn's digits are: float32 (1, 1, 8, 8), ink is 1.
 
     Dark ink on light paper is turned around, the paper is cut away around the ink, the rest is fitted into 32 x 32
@@ -128,7 +166,7 @@ def load_digit(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Te
         ValueError: What `open_image` refuses, or the picture is of one shade, so that there is no digit.
         FileNotFoundError: There is no such file.
     """
-    gray = np.asarray(_on_white(open_image(path, max_pixels)).convert("L"), dtype=np.float32) / 255
+    gray = np.asarray(_on_white(open_image(source, max_pixels)).convert("L"), dtype=np.float32) / 255
     # What stands along the edge is paper.
     edge = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
     gray = 1 - gray if np.median(edge) > (gray.min() + gray.max()) / 2 else gray

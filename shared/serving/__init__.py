@@ -6,6 +6,8 @@
 - `terminal`: what the commands share: input, output, and errors of one line.
 - `exporting`: what `llm export` writes.
 - `adapting`: what `llm adapt` does: a classifier of your own.
+- `pictures`: pictures to labels, here and in the service.
+- `classifying`: what `llm classify` does.
 - `chat`: a conversation in a terminal.
 - `cli`: the program `llm`.
 
@@ -15,6 +17,7 @@ The service, `llm serve`:
 - `errors`: what is refused, as OpenAI's servers say it.
 - `pieces`: tokens become text while they come.
 - `worker`: the thread that computes, and how it talks with the event loop.
+- `loading`: what is loaded when it is first asked for.
 - `service`: a model that is served, from texts to sequences.
 - `replies`: one object at the end, or server-sent events.
 - `api`: the addresses.

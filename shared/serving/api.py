@@ -328,18 +328,25 @@ async def embed(request: Request, body: EmbeddingRequest, seconds: Seconds = Non
 
 @asked.post("/v1/classify", responses=ASKED | {200: {"model": Labels}}, tags=["texts"], response_model=None)
 async def classify(request: Request, body: ClassifyRequest, seconds: Seconds = None) -> Response:
-    """Say which label each text has, and how probable each label is."""
+    """Say which label each text or picture has, and how probable each label is."""
     service: Service = request.app.state.service
-    name = service.classifier_name
+    if (body.input is None) == (body.image is None):
+        param = "input" if body.image is None else "image"
+        raise ApiError(400, "there must be either input, texts, or image, pictures", param=param)
+    label: Callable[[str], Coroutine[Any, Any, dict[str, float]]] = service.classify
+    name, given = service.classifier_name, body.input
+    if body.image is not None:
+        label, name, given = service.pictures.classify, service.pictures.name, body.image
     if name is None:
         raise ApiError(404, "this server has no classifier", code="model_not_found", param="model")
     if body.model not in (None, name):
         raise not_found(body.model or "", [name])
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    check_count(service, texts)
+    inputs = [given] if isinstance(given, str) else given or []
+    if body.image is None:
+        check_count(service, inputs)
 
     async def compute() -> list[dict[str, float]]:
-        return [await service.classify(text) for text in texts]
+        return [await label(one) for one in inputs]
 
     found = await attended(request.receive, compute, deadline_of(request, seconds))
     data = [

@@ -4,6 +4,7 @@
     llm generate tales-3m "Once upon a time"      a text goes on
     llm chat smollm2-135m-instruct                a conversation
     llm classify spam "Win a prize now"           a label
+    llm classify --image four.png                 a picture's label
     llm embed MODEL < texts.txt                   a vector for each line
     llm export tales-3m tales.gguf --to gguf      a file for other programs
     llm adapt reviews.csv my_adapter              a classifier of your own, as an adapter
@@ -13,7 +14,7 @@ A model is a name, a folder or a `.gguf` file; `generate` takes an `.onnx` file,
 `generate`, `chat` and `export` also take an adapter (`--adapter FOLDER`), one of ours or of PEFT's. Exit status: 0
 done, 1 failed, 2 not understood, 130 ended by Ctrl-C. What takes long is imported when it is needed.
 
-Left out: images; their chapter brings them.
+Left out: pictures in a conversation, and what makes them.
 """
 
 import sys
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.serving import adapting, serve
+from shared.serving import adapting, classifying, serve
 from shared.serving.terminal import (
     FAILED,
     INTERRUPTED,
@@ -233,34 +234,7 @@ def chat(
     TerminalChat(begin, model, first, as_json=as_json).run()
 
 
-@app.command()
-@guarded
-def classify(
-    model: Annotated[str, typer.Argument(help="A classifier: its name or folder; an adapted one, too.")],
-    text: Annotated[
-        str | None, typer.Argument(help="A text; standard input, line by line, if not given.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say which label a text has, and how sure the classifier is.
-
-    \b
-    llm classify spam "Win a prize now"
-    llm classify spam --json < messages.jsonl      lines of {"text": "..."}
-    """
-    from shared.finetuning.lora_classifier import open_classifier
-
-    found = open_classifier(check_utf8("MODEL", model))
-    for entry in progress(input_texts(text, as_json=as_json, field="text"), "texts"):
-        shares = [float(share) for share in found.predict_proba([entry["text"]])[0]]
-        best = max(range(len(shares)), key=shares.__getitem__)
-        label = found.labels[best]
-        if as_json:
-            write_json(
-                entry | {"label": label, "probabilities": dict(zip(found.labels, shares, strict=True))}
-            )
-        else:
-            write(f"{label}\t{shares[best]:.3f}\t{entry['text']}")
+app.command()(guarded(classifying.classify))
 
 
 @app.command()

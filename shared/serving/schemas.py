@@ -16,6 +16,7 @@ Id = Annotated[int, Field(strict=True, ge=0, le=2**31)]
 Name = Annotated[str, Field(max_length=200)]
 MOST_STOPS = 16
 MOST_CHOICES = 16
+MOST_PICTURES = 16
 
 
 class Body(BaseModel):
@@ -141,10 +142,16 @@ class EmbeddingRequest(Body):
 
 
 class ClassifyRequest(Body):
-    """Label texts."""
+    """Label texts, or pictures: there must be either `input` or `image`."""
 
-    input: str | list[str]
-    model: Name | None = Field(None, description="The classifier; null for the one there is.")
+    input: str | list[str] | None = Field(None, description="A text, or several.")
+    image: str | Annotated[list[str], Field(min_length=1, max_length=MOST_PICTURES)] | None = Field(
+        None,
+        description="A picture, PNG, JPEG or WebP, in base64 or as a URL `data:image/png;base64,...`; or several.",
+    )
+    model: Name | None = Field(
+        None, description="The classifier; null for the one there is, of texts or of pictures."
+    )
 
 
 class PromptDetails(Body):
@@ -235,7 +242,7 @@ class Embeddings(Body):
 
 
 class Label(Body):
-    """What a text was found to be."""
+    """What a text or a picture was found to be."""
 
     index: int
     label: str
@@ -243,7 +250,7 @@ class Label(Body):
 
 
 class Labels(Body):
-    """What texts were found to be."""
+    """What texts or pictures were found to be."""
 
     object: Literal["list"]
     data: list[Label]

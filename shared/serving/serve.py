@@ -12,6 +12,7 @@ from shared.serving.terminal import Failure, check_utf8, complain, write
 
 if TYPE_CHECKING:
     from shared.finetuning.classification import TextClassifier
+    from shared.serving.pictures import PictureClassifier
 
 DEFAULT, FALLBACK, CLASSIFIER = "smollm2-135m-instruct", "tales-3m", "spam"
 
@@ -42,6 +43,10 @@ def serve(
     ] = None,
     classifier: Annotated[
         str | None, typer.Option("--classifier", help=f"For /v1/classify; {CLASSIFIER} where it can be had.")
+    ] = None,
+    image_classifier: Annotated[
+        str | None,
+        typer.Option("--image-classifier", help="For pictures in /v1/classify; digits-vit if not given."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts written at a time.")] = 32,
     queue: Annotated[
@@ -124,7 +129,8 @@ def serve(
         found = open_model(name, dtype=dtype, tokenizer=tokenizer)
         if name not in {*model_names(), *ALIASES}:  # a path is nobody's business
             found = replace(found, name=Path(name).stem)
-        service = Service(found, limits, find_classifier(classifier), n_threads)
+        pictures = find_picture_classifier(image_classifier)
+        service = Service(found, limits, find_classifier(classifier), n_threads, pictures)
         hosts = allowed_host or (LOOPBACK if is_local else ())
         app = create_app(
             service, KeyRing(hashes), hosts=hosts, origins=cors_origin or (), log_texts=log_texts
@@ -136,6 +142,7 @@ def serve(
                 url=server.url_of(bound),
                 model=found.name,
                 classifier=service.classifier_name,
+                image_classifier=service.pictures.name,
                 keys=len(hashes or {}),
                 seconds=round(time.monotonic() - started, 3),
             )
@@ -172,6 +179,16 @@ def find_classifier(name: str | None) -> "tuple[str, Callable[[], TextClassifier
         found = load(check_utf8("--classifier", name))
         return Path(name).stem, lambda: found
     return (CLASSIFIER, load) if has_model(DEFAULT) else None
+
+
+def find_picture_classifier(name: str | None) -> "tuple[str, Callable[[], PictureClassifier]] | None":
+    """Return the name of a classifier of pictures and what loads it, as `find_classifier`; None is the shipped one."""
+    if name is None:
+        return None
+    from shared.serving.pictures import open_picture_classifier
+
+    found = open_picture_classifier(check_utf8("--image-classifier", name))
+    return Path(name).stem, lambda: found
 
 
 def key(

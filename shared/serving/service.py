@@ -16,8 +16,10 @@ from shared.generation.options import GenerationOptions
 from shared.generation.sampling import SMALLEST
 from shared.serving.errors import ApiError, not_found, unsupported
 from shared.serving.limits import Limits
+from shared.serving.loading import LoadedOnce
 from shared.serving.metrics import Metrics
 from shared.serving.models import OpenedModel
+from shared.serving.pictures import PICTURES, PictureClassifier, PictureReader, open_picture_classifier
 from shared.serving.pieces import Piece, TextWriter
 from shared.serving.schemas import ChatMessage, Prompt, Writing
 from shared.serving.worker import Job, Worker
@@ -39,6 +41,7 @@ class Service:
         limits: What is taken.
         classifier: For `/v1/classify`: its name, and what loads it when it is first asked; None if there is none.
         threads: How many threads the engine computes with; None is torch's default.
+        pictures: As `classifier`, for pictures; None is the one that ships.
 
     Attributes:
         name: Of the model, for clients.
@@ -54,11 +57,11 @@ class Service:
         limits: Limits | None = None,
         classifier: "tuple[str, Callable[[], TextClassifier]] | None" = None,
         threads: int | None = None,
+        pictures: tuple[str, Callable[[], PictureClassifier]] | None = None,
     ) -> None:
         self.limits, self.metrics = limits or Limits(), Metrics()
         self.classifier_name = None if classifier is None else classifier[0]
-        self._load_classifier = None if classifier is None else classifier[1]
-        self._classifier: asyncio.Future[TextClassifier] | None = None
+        self._classifier = None if classifier is None else LoadedOnce(classifier[1])
         self.name, self.model, self.tokenizer = opened.name, opened.model, opened.needed_tokenizer()
         self.chat_format, self.created, self.draining = opened.chat_format, int(time.time()), False
         # A special token in a continuation ends it, so that no reply holds one; what is no token is never chosen.
@@ -81,6 +84,8 @@ class Service:
         self.worker = Worker(
             self.engine, self.limits.max_batch_size, self.limits.max_waiting, self.metrics, threads
         )
+        name, load = pictures or (PICTURES, open_picture_classifier)
+        self.pictures = PictureReader(name, load, self.worker)
         self._encoder = ThreadPoolExecutor(1, "tokenizer")
         self._watch()
 
@@ -127,6 +132,7 @@ class Service:
         """Stop computing."""
         self.worker.stop()
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self.pictures.stop()
 
     @property
     def is_ready(self) -> bool:
@@ -279,26 +285,10 @@ class Service:
 
         return await self.worker.call(compute)
 
-    async def _loaded_classifier(self) -> "TextClassifier":
-        """Return the classifier, loaded once, where it holds up nobody."""
-        load = self._load_classifier
-        assert load is not None
-
-        def load_alone() -> "TextClassifier":
-            torch.set_num_threads(1)  # helpers of this thread would wait beside the engine's
-            return load()
-
-        if self._classifier is None:
-            self._classifier = asyncio.get_running_loop().run_in_executor(None, load_alone)
-        try:
-            return await asyncio.shield(self._classifier)
-        except Exception:
-            self._classifier = None  # the next one may have more luck
-            raise
-
     async def classify(self, text: str) -> dict[str, float]:
         """Return label -> probability for a text; computed between two steps."""
-        classifier = await self._loaded_classifier()
+        assert self._classifier is not None
+        classifier = await self._classifier.get()
         limit, encoding = classifier.body.config.context_length, classifier.encoding
         n_tokens = 0
         if text and len(text) <= 100 * limit:

@@ -72,11 +72,15 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    opened: OpenedModel, keys: Mapping[str, str] | None = None, classifier: Any = None, **options: Any
+    opened: OpenedModel,
+    keys: Mapping[str, str] | None = None,
+    classifier: Any = None,
+    pictures: Any = None,
+    **options: Any,
 ):
     """Serve a model; options are those of `Limits`, and `hosts`, `origins` and `log_texts` of `create_app`."""
     more = {name: options.pop(name) for name in ("hosts", "origins", "log_texts") if name in options}
-    service = Service(opened, Limits(**QUICK | options), classifier)
+    service = Service(opened, Limits(**QUICK | options), classifier, pictures=pictures)
     bound, started = listen("127.0.0.1", 0), threading.Event()
     server = Server(create_app(service, KeyRing(keys), **more), service, started.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
