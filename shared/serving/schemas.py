@@ -144,6 +144,8 @@ class EmbeddingRequest(Body):
 class ClassifyRequest(Body):
     """Label texts, or pictures: there must be either `input` or `image`."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["input"]}, {"required": ["image"]}]})
+
     input: str | list[str] | None = Field(None, description="A text, or several.")
     image: str | Annotated[list[str], Field(min_length=1, max_length=MOST_PICTURES)] | None = Field(
         None,
