@@ -22,7 +22,11 @@ def classify(
     image: Annotated[
         list[Path] | None,
         typer.Option(
-            "--image", exists=True, dir_okay=False, help="A picture in place of texts; may be repeated."
+            "--image",
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="A picture in place of texts; may be repeated.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Lines of JSON, in and out.")] = False,

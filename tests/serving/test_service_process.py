@@ -98,6 +98,7 @@ def test_only_one_thread_has_helpers():
         (("tales-tiny", "--log-level", "loud"), "--log-level must be"),
         (("nothing", "--port", "0"), "tales-1m"),
         (("tales-tiny", "--port", "0", "--classifier", "nothing"), "spam"),
+        (("tales-tiny", "--port", "0", "--image-classifier", "nothing"), "one of digits-vit, or a folder"),
         (("tales-tiny", "--port", "0", "--request-timeout", "inf"), "request_s must be"),
     ],
 )
