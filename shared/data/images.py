@@ -23,16 +23,13 @@ from shared.checks import check_choice, require, whole_number
 
 MAX_PIXELS = 40_000_000  # of a file; a small file can claim to be a picture that fills the memory
 _MODES = {1: "L", 3: "RGB"}
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-)  # of strangers; a PostScript file, for one, would start a program that runs it
-_SCANS = 10  # in which a JPEG file usually repeats its picture, from coarse to fine; each costs time for all pixels
+# Of strangers: a PostScript file, for one, would start a program that runs it.
+FORMATS = ("PNG", "JPEG", "WEBP")
+# In so many scans a JPEG file usually repeats its picture, from coarse to fine; each costs time for all pixels.
+_SCANS = 10
 _EXIF = b"Exif\0\0"
-_MOST_EXIF = (
-    65_536  # bytes of what a camera notes; entries can overlap, so that the cost grows with the square
-)
+# Most bytes of what a camera notes; entries can overlap, so that the cost grows with the square.
+_MOST_EXIF = 65_536
 Source = str | os.PathLike[str] | bytes
 SPLITS = ("train", "validation", "test")
 
@@ -104,9 +101,8 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     formats = FORMATS if isinstance(source, bytes) else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # our own limit stands below; odd notes of a camera spoil no picture
+            # Our own limit stands below, and odd notes of a camera spoil no picture.
+            warnings.simplefilter("ignore")
             with Image.open(file, formats=formats) as image:
                 width, height = image.size
                 if width * height <= max_pixels:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from shared.checks import check_path, require
-from shared.data.images import Source, load_digit, load_image
+from shared.data.images import MAX_PIXELS, Source, load_digit, load_image
 from shared.model.vit import ViTClassifier
 from shared.serving.errors import ApiError
 from shared.serving.loading import LoadedOnce
@@ -34,6 +34,7 @@ from shared.weights.pretrained import CHECKPOINTS
 from shared.weights.vit import OWN_VIT_CONFIG, load_vit
 
 PICTURES = "digits-vit"  # ships with the course
+MOST_PIXELS = 16_000_000  # of a stranger's picture, about half a second of decoding
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
 
 
@@ -52,16 +53,16 @@ class PictureClassifier:
     labels: tuple[str, ...]
     normal: tuple[Tensor, Tensor] | None = None
 
-    def read(self, source: Source) -> Tensor:
-        """Return a picture as the model wants it, float32 (1, channels, height, width).
+    def read(self, source: Source, max_pixels: int = MAX_PIXELS) -> Tensor:
+        """Return a picture of at most so many pixels as the model wants it, float32 (1, channels, height, width).
 
         Raises ValueError and FileNotFoundError as `load_digit`, for a model of 8 x 8 gray pixels, or `load_image`.
         """
         config = self.model.body.config
         height, width = config.image_size  # type: ignore[misc]  # kept as a pair
         if (height, width, config.n_channels) == (8, 8, 1):
-            return load_digit(source)
-        image = load_image(source, (height, width), config.n_channels)
+            return load_digit(source, max_pixels)
+        image = load_image(source, (height, width), config.n_channels, max_pixels)
         return image if self.normal is None else ((image + 1) / 2 - self.normal[0]) / self.normal[1]
 
     @torch.inference_mode()
@@ -169,7 +170,7 @@ class PictureReader:
 
             def decode() -> Tensor:
                 try:
-                    return classifier.read(picture_bytes(picture))
+                    return classifier.read(picture_bytes(picture), MOST_PIXELS)
                 except ValueError as error:
                     message = str(error)
                 except MemoryError:  # that is no fault of the picture's

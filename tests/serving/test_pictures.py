@@ -283,6 +283,7 @@ GOOD = base64_of(encoded(digit_picture(0)))
 REFUSED = [
     ({"image": base64_of(png_that_claims(10_000, 10_000))}, "image", "invalid_image"),
     ({"image": base64_of(png_that_claims(60_000, 60_000))}, "image", "invalid_image"),
+    ({"image": base64_of(png_that_claims(5_000, 4_000))}, "image", "invalid_image"),
     ({"image": base64_of(b"no picture")}, "image", "invalid_image"),
     ({"image": base64_of(encoded(digit_picture(0))[:-200])}, "image", "invalid_image"),
     ({"image": base64_of(encoded(digit_picture(0), "GIF"))}, "image", "invalid_image"),
@@ -344,7 +345,7 @@ def test_the_folder_of_the_server_and_a_load_that_failed(small, small_vit):
 @pytest.mark.service
 def test_what_nobody_foresaw_and_too_many_at_a_time(small, monkeypatch):
     class Slow:
-        def read(self, source):
+        def read(self, source, max_pixels):
             time.sleep(0.3)
             raise TypeError("a library's own")
 
