@@ -68,6 +68,38 @@ class Question:
     category: str
 
 
+@dataclass(frozen=True)
+class UnansweredQuestion:
+    """One question that has no answer, why not, and its kind: `invented`, `presupposition` or `unknowable`."""
+
+    question: str
+    why: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class FilterText:
+    """One text that a content filter should block or allow.
+
+    Attributes:
+        text: What somebody, or a model, writes.
+        label: `block` or `allow`.
+        category: Of `block`: insult, threat, self_harm, danger, scam, adult. Of `allow`: everyday, odd (it looks
+            disguised and is not), same_words (words of the others, used harmlessly), victim (somebody tells what was
+            done to them), safety (safety, health, law, history).
+        kind: plain, hard, odd, and of disguised texts lookalike or spaced.
+        origin: `first` or `second`: which author wrote it.
+        split: `train` or `test`.
+    """
+
+    text: str
+    label: str
+    category: str
+    kind: str
+    origin: str
+    split: str
+
+
 def stories_text() -> str:
     """Return the whole of `stories.txt` as one string (about 100 KB, UTF-8 text with LF line ends)."""
     return (DATA / "stories.txt").read_text(encoding="utf-8")
@@ -113,6 +145,31 @@ def load_questions(category: str | None = None) -> list[Question]:
     if category is not None:
         check_choice("category", category, known)
     return [question for question in questions if category in (None, question.category)]
+
+
+def load_unanswerable(kind: str | None = None) -> list[UnansweredQuestion]:
+    """Return the questions without an answer of one kind (`invented` ...), or all of them.
+
+    Raises:
+        ValueError: No question is of this kind.
+    """
+    entries = json.loads((DATA / "unanswerable.json").read_text(encoding="utf-8"))
+    questions = [UnansweredQuestion(**entry) for entry in entries]
+    if kind is not None:
+        check_choice("kind", kind, sorted({question.kind for question in questions}))
+    return [question for question in questions if kind in (None, question.kind)]
+
+
+def load_filter_texts(split: str | None = None) -> list[FilterText]:
+    """Return the texts that a content filter is judged by, of one split (`train` or `test`), or all of them.
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    if split is not None:
+        check_choice("split", split, ("train", "test"))
+    rows = [FilterText(**row) for row in _rows("filter_texts.tsv")]
+    return [row for row in rows if split in (None, row.split)]
 
 
 def load_languages(language: str | None = None) -> list[Paragraph]:
