@@ -100,6 +100,15 @@ class FilterText:
     split: str
 
 
+@dataclass(frozen=True)
+class FilterLesson:
+    """One text that a content filter learns from: its label (`block` or `allow`), its category, the text."""
+
+    label: str
+    category: str
+    text: str
+
+
 def stories_text() -> str:
     """Return the whole of `stories.txt` as one string (about 100 KB, UTF-8 text with LF line ends)."""
     return (DATA / "stories.txt").read_text(encoding="utf-8")
@@ -170,6 +179,11 @@ def load_filter_texts(split: str | None = None) -> list[FilterText]:
         check_choice("split", split, ("train", "test"))
     rows = [FilterText(**row) for row in _rows("filter_texts.tsv")]
     return [row for row in rows if split in (None, row.split)]
+
+
+def load_filter_lessons() -> list[FilterLesson]:
+    """Return the texts that the author of the filter's rules wrote for it to learn from; none of them is judged by."""
+    return [FilterLesson(**row) for row in _rows("filter_lessons.tsv")]
 
 
 def load_languages(language: str | None = None) -> list[Paragraph]:

@@ -1,0 +1,5 @@
+"""What a model may do to people, measured and held in check. In reading order:
+
+- `spelling`: look-alike characters, spaced and doubled letters back to plain words.
+- `filters`: texts that a service should not take or give: word list, patterns, classifier, and a guard for streams.
+"""

@@ -1,0 +1,236 @@
+"""A content filter: texts that a service should not take or give."""
+
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from shared.checks import require, whole_number
+from shared.safety.rules import pattern_hits, word_hits
+from shared.safety.spelling import Speller
+from shared.weights.pretrained import CHECKPOINTS
+
+N_BUCKETS = 2**15
+
+
+def hashed_features(text: str, n_buckets: int = N_BUCKETS) -> dict[int, float]:
+    """Return bucket -> value for the words, pairs and triples of words, and pieces of 3 to 5 letters of a text.
+
+    Each feature falls into a bucket by its CRC-32. Values grow with the logarithm of the count; their squares sum to 1.
+    """
+    words = re.findall(r"[a-z]+", text)
+    found = [" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)]
+    for word in words:
+        padded = f"_{word[:30]}_"
+        found += [padded[i : i + n] for n in (3, 4, 5) for i in range(len(padded) - n + 1)]
+    counts: dict[int, int] = {}
+    for feature in found:
+        bucket = zlib.crc32(feature.encode()) % n_buckets
+        counts[bucket] = counts.get(bucket, 0) + 1
+    values = {bucket: 1 + math.log(n) for bucket, n in counts.items()}
+    norm = math.sqrt(sum(value * value for value in values.values())) or 1.0
+    return {bucket: value / norm for bucket, value in values.items()}
+
+
+Scorer = Callable[[Sequence[str]], Sequence[float]]
+SIGNALS = ("patterns", "exceptions", "words", "classifier")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a filter thinks of a text.
+
+    Attributes:
+        blocked: Whether it should not pass.
+        score: The higher, the worse; above the filter's threshold it is blocked.
+        category: What it is most like, one of `CATEGORIES`; None where no pattern and no word says so.
+    """
+
+    blocked: bool
+    score: float
+    category: str | None
+
+
+class ContentFilter:
+    """Says of a text whether a service should take or give it.
+
+    Four signals are weighed: patterns that match, exceptions that match, listed words, and a linear classifier over
+    hashed pieces of the text. All of them read what `Speller.undisguise` makes of it. The time for a text grows with its
+    length; of a very long one, windows are scored one by one, and the worst counts.
+
+    Args:
+        speller: Finds the words.
+        weights: Of the linear classifier, one for each bucket; float32.
+        mix: A weight for each of `SIGNALS`, then the constant; then, with a `scorer`, the weight of its scores.
+        threshold: Scores above it are blocked.
+        scorer: A stronger model: texts -> numbers, higher for worse.
+
+    Raises:
+        ValueError: The numbers of weights do not fit.
+    """
+
+    WINDOW, STEP = 1200, 800  # characters of an undisguised text
+
+    def __init__(
+        self,
+        speller: Speller,
+        weights: np.ndarray,
+        mix: Sequence[float],
+        threshold: float,
+        scorer: Scorer | None = None,
+    ) -> None:
+        require("weights", weights.shape, weights.ndim == 1 and weights.size > 0, "one row of numbers")
+        expected = len(SIGNALS) + 1 + (scorer is not None)
+        require("mix", len(mix), len(mix) == expected, f"{expected} numbers")
+        self.speller, self.weights, self.mix = speller, weights, np.asarray(mix, dtype=np.float64)
+        self.threshold, self.scorer = float(threshold), scorer
+
+    def signals(self, plain: str) -> list[float]:
+        """Return the four signals of a text that `undisguise` has written."""
+        hits = pattern_hits(plain)
+        features = hashed_features(plain, self.weights.size)
+        linear = float(sum(self.weights[bucket] * value for bucket, value in features.items()))
+        return [
+            min(2.0, max(hits.counts.values())),
+            min(2.0, hits.n_exceptions),
+            min(2.0, len(word_hits(plain))),
+            linear,
+        ]
+
+    def score(self, text: str) -> float:
+        """Return how bad a text is. Raises TypeError if it is no text."""
+        return self.check(text).score
+
+    def check(self, text: str) -> Verdict:
+        """Return what the filter thinks of a text. Raises TypeError if it is no text."""
+        plain = self.speller.undisguise(text)
+        windows = [
+            plain[i : i + self.WINDOW]
+            for i in range(0, max(1, len(plain) - self.WINDOW + self.STEP), self.STEP)
+        ]
+        table = np.array([[*self.signals(window), 1.0] for window in windows])
+        scores = table @ self.mix[: len(SIGNALS) + 1]
+        if self.scorer is not None:
+            scores = scores + self.mix[-1] * np.asarray(self.scorer([text] if len(windows) == 1 else windows))
+        worst = int(scores.argmax())
+        hits = pattern_hits(windows[worst])
+        names = [hits.category, *word_hits(windows[worst])]
+        return Verdict(
+            bool(scores[worst] > self.threshold), float(scores[worst]), next((n for n in names if n), None)
+        )
+
+
+class OutputGuard:
+    """Lets a text that is being written pass piece by piece, until the filter blocks it.
+
+    Before any character goes out, the filter has read it together with at least `hold` characters behind it, or the end
+    of the text, and with up to `window - hold` before it. So what is bad within `hold` characters goes out at most up
+    to the place where it began.
+
+    Args:
+        is_bad: Says of a text whether it must not go out.
+        hold: Characters that are held back.
+        window: Characters that are read at a time.
+
+    Attributes:
+        blocked: Whether something was found; nothing more goes out then.
+
+    Raises:
+        ValueError: `hold` is not below `window`, or a number is below 1.
+    """
+
+    def __init__(self, is_bad: Callable[[str], bool], hold: int = 120, window: int = 480) -> None:
+        whole_number("hold", hold)
+        require("window", window, whole_number("window", window) > hold, f"above hold, {hold}")
+        self.is_bad, self.hold, self.window, self.blocked = is_bad, hold, window, False
+        self._sent, self._held = "", ""  # what may still matter of the text that has gone out; what waits
+
+    def feed(self, piece: str) -> str:
+        """Take the next piece of the text and return what may go out now."""
+        if self.blocked:
+            return ""
+        self._held += piece
+        given = []
+        # A check costs time, so it waits until it lets something out that is worth it: a quarter of what is held.
+        while len(self._held) >= self.hold + self.hold // 4 + 1:
+            size = min(
+                len(self._held),
+                self.window - min(len(self._sent), self.window - self.hold - self.hold // 4 - 1),
+            )
+            size = max(size, self.hold + self.hold // 4 + 1)
+            if not self._passes(size):
+                break
+            given.append(self._release(size - self.hold))
+        return "".join(given)
+
+    def end(self) -> str:
+        """Return what was held back, when no piece follows."""
+        given = ""
+        while self._held and not self.blocked:
+            size = min(len(self._held), self.window)
+            if self._passes(size):
+                given += self._release(size if size == len(self._held) else max(1, size - self.hold))
+        return given
+
+    def _passes(self, size: int) -> bool:
+        """Read the first `size` characters that are held, with what went out before."""
+        before = self._sent[-(self.window - size) :] if size < self.window else ""
+        self.blocked = self.is_bad(before + self._held[:size])
+        return not self.blocked
+
+    def _release(self, n: int) -> str:
+        """Send the first `n` characters that are held."""
+        out, self._held = self._held[:n], self._held[n:]
+        self._sent = (self._sent + out)[-self.window :]
+        return out
+
+
+SHIPPED = CHECKPOINTS / "content-filter"
+
+
+def save_filter(
+    content_filter: ContentFilter, folder: str | os.PathLike[str], counts: dict[str, int], **details: object
+) -> None:
+    """Write a filter without scorer into a new folder: `filter.json` and `model.safetensors`, weights in float16.
+
+    Args:
+        counts: Of its words, as its speller was given them.
+        details: What else is to be kept, such as the recipe.
+
+    Raises FileExistsError if there is such a folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    save_file({"weights": content_filter.weights.astype(np.float16)}, folder / "model.safetensors")
+    about = {
+        "mix": content_filter.mix.tolist(),
+        "threshold": content_filter.threshold,
+        **details,
+        "words": counts,
+    }
+    (folder / "filter.json").write_text(json.dumps(about, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def load_filter(folder: str | os.PathLike[str] | None = None) -> ContentFilter:
+    """Return the filter that ships with the course, or one that `save_filter` wrote.
+
+    Raises:
+        ValueError: A file is damaged.
+        FileNotFoundError: There is none.
+    """
+    path = SHIPPED if folder is None else Path(folder)
+    text = (path / "filter.json").read_text(encoding="utf-8")
+    try:
+        about = json.loads(text)
+        weights = load_file(path / "model.safetensors")["weights"].astype(np.float32)
+        return ContentFilter(Speller(about["words"]), weights, about["mix"], about["threshold"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no filter that can be read: {error!r}") from error
