@@ -3,8 +3,8 @@
     python train_filter.py              fit, score, record, ship; about five minutes of one core
     python train_filter.py --no-models  without MiniLM and SmolLM2: what ships needs neither
 
-Fitted are the linear classifier and the mix of signals, on the undisguised training texts and on lessons by the author of
-the rules (`shared/data/filter_lessons.tsv`). Thresholds are fixed by ten folds of the training half, in which a text
+Fitted are the linear classifier and the mix of signals, on the undisguised training texts and on lessons by the author
+of the rules (`shared/data/filter_lessons.tsv`). Thresholds are fixed by ten folds of the training half, in which a text
 and its disguised twin stay together: the lowest one at which 95 % of what is blocked is rightly blocked. Beside the
 filter stand two stronger readers, each with logistic regression: sentence vectors of MiniLM, and chapter 6's recipe,
 the mean features of SmolLM2's block 20.
@@ -35,12 +35,12 @@ from shared.data.corpus import (
     stories_text,
 )
 from shared.safety.filters import N_BUCKETS, SHIPPED, SIGNALS, ContentFilter, hashed_features, save_filter
-from shared.safety.rules import pattern_hits, word_hits
 from shared.safety.spelling import Speller, count_words, fold, key_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "filter_scores.csv"
 PRECISION, N_FOLDS, PENALTY, MODEL_PENALTY = 0.95, 10, 10.0, 3.0
+RULES = read_rules()
 DISGUISED = ("lookalike", "spaced")
 SYSTEMS = (
     "words",
@@ -167,11 +167,11 @@ def tables_of(speller: Speller, texts: Sequence[str], models: Sequence[str]) -> 
 
 def fixed_verdicts(text: str, speller: Speller) -> dict[str, bool]:
     """Return what the systems without numbers say of a text."""
-    plain = speller.undisguise(text)
+    plain, rules = speller.undisguise(text), RULES
     return {
-        "words": bool(word_hits(text.lower())),
-        "words undisguised": bool(word_hits(plain)),
-        "patterns": pattern_hits(plain).category is not None,
+        "words": bool(rules.word_hits(text.lower())),
+        "words undisguised": bool(rules.word_hits(plain)),
+        "patterns": rules.pattern_hits(plain).category is not None,
     }
 
 

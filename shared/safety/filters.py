@@ -13,10 +13,92 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from shared.checks import require, whole_number
-from shared.safety.rules import pattern_hits, word_hits
+from shared.checks import check_choice, require, whole_number
+from shared.data.corpus import DATA
 from shared.safety.spelling import Speller
 from shared.weights.pretrained import CHECKPOINTS
+
+CATEGORIES = ("insult", "threat", "self_harm", "danger", "scam", "adult")
+RULES = DATA / "filter_rules.tsv"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a person has written down about bad texts.
+
+    Attributes:
+        words: Category -> words that alone raise a suspicion.
+        patterns: Category -> patterns of whole phrases.
+        exceptions: Patterns of people who tell what was done to them, ask for help, or ask how to be safe.
+    """
+
+    words: dict[str, frozenset[str]]
+    patterns: dict[str, list[re.Pattern[str]]]
+    exceptions: list[re.Pattern[str]]
+
+    def word_hits(self, text: str) -> list[str]:
+        """Return the categories of which a word stands in a text of plain words."""
+        found = frozenset(re.findall(r"[a-z]+", text))
+        return [category for category in CATEGORIES if found & self.words[category]]
+
+    def pattern_hits(self, text: str) -> "Hits":
+        """Return what the patterns find in a text of plain words."""
+        counts = {
+            name: sum(bool(part.search(text)) for part in parts) for name, parts in self.patterns.items()
+        }
+        return Hits(counts, sum(bool(part.search(text)) for part in self.exceptions))
+
+
+@dataclass(frozen=True)
+class Hits:
+    """How many patterns of each category match in a text, and how many exceptions."""
+
+    counts: dict[str, int]
+    n_exceptions: int
+
+    @property
+    def category(self) -> str | None:
+        """The category with the most matches; None unless these are more than the exceptions."""
+        best = max(CATEGORIES, key=lambda category: self.counts[category])
+        return best if self.counts[best] > self.n_exceptions else None
+
+
+def read_rules(path: str | os.PathLike[str] = RULES) -> Rules:
+    """Return rules from a file with the columns kind, name, text, separated by tabs.
+
+    A row of the kind `words` lists words of a category, `pattern` has a pattern of it, `exception` a pattern of no
+    category, `part` a piece that patterns name in angle brackets.
+
+    Raises:
+        ValueError: A row is of another kind or category, or no pattern; the message has its line.
+        FileNotFoundError: There is no such file.
+    """
+    parts: dict[str, str] = {}
+    words: dict[str, frozenset[str]] = dict.fromkeys(CATEGORIES, frozenset())
+    patterns: dict[str, list[re.Pattern[str]]] = {category: [] for category in CATEGORIES}
+    exceptions: list[re.Pattern[str]] = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines[1:], start=2):
+        kind, name, text = (line.split("\t") + ["", ""])[:3]
+        if kind in ("words", "pattern"):
+            check_choice(f"the category in line {number}", name, CATEGORIES)
+        check_choice(f"the kind in line {number}", kind, ("words", "part", "pattern", "exception"))
+        if kind == "words":
+            words[name] |= frozenset(text.split())
+            continue
+        try:
+            text = re.sub(r"<([a-z]+)>", lambda match: parts[match[1]], text)
+            compiled = re.compile(text)
+        except (re.error, KeyError) as error:
+            raise ValueError(
+                f"line {number} must be a pattern of known parts, got {text!r}: {error}"
+            ) from error
+        if kind == "part":
+            parts[name] = text
+        else:
+            (patterns[name] if kind == "pattern" else exceptions).append(compiled)
+    return Rules(words, patterns, exceptions)
+
 
 N_BUCKETS = 2**15
 
@@ -63,8 +145,8 @@ class ContentFilter:
     """Says of a text whether a service should take or give it.
 
     Four signals are weighed: patterns that match, exceptions that match, listed words, and a linear classifier over
-    hashed pieces of the text. All of them read what `Speller.undisguise` makes of it. The time for a text grows with its
-    length; of a very long one, windows are scored one by one, and the worst counts.
+    hashed pieces of the text. All of them read what `Speller.undisguise` makes of it. The time for a text grows with
+    its length; of a very long one, windows are scored one by one, and the worst counts.
 
     Args:
         speller: Finds the words.
@@ -72,6 +154,7 @@ class ContentFilter:
         mix: A weight for each of `SIGNALS`, then the constant; then, with a `scorer`, the weight of its scores.
         threshold: Scores above it are blocked.
         scorer: A stronger model: texts -> numbers, higher for worse.
+        rules: Words and patterns; None are those that ship.
 
     Raises:
         ValueError: The numbers of weights do not fit.
@@ -86,22 +169,23 @@ class ContentFilter:
         mix: Sequence[float],
         threshold: float,
         scorer: Scorer | None = None,
+        rules: Rules | None = None,
     ) -> None:
         require("weights", weights.shape, weights.ndim == 1 and weights.size > 0, "one row of numbers")
         expected = len(SIGNALS) + 1 + (scorer is not None)
         require("mix", len(mix), len(mix) == expected, f"{expected} numbers")
         self.speller, self.weights, self.mix = speller, weights, np.asarray(mix, dtype=np.float64)
-        self.threshold, self.scorer = float(threshold), scorer
+        self.threshold, self.scorer, self.rules = float(threshold), scorer, rules or read_rules()
 
     def signals(self, plain: str) -> list[float]:
         """Return the four signals of a text that `undisguise` has written."""
-        hits = pattern_hits(plain)
+        hits = self.rules.pattern_hits(plain)
         features = hashed_features(plain, self.weights.size)
         linear = float(sum(self.weights[bucket] * value for bucket, value in features.items()))
         return [
             min(2.0, max(hits.counts.values())),
             min(2.0, hits.n_exceptions),
-            min(2.0, len(word_hits(plain))),
+            min(2.0, len(self.rules.word_hits(plain))),
             linear,
         ]
 
@@ -121,8 +205,8 @@ class ContentFilter:
         if self.scorer is not None:
             scores = scores + self.mix[-1] * np.asarray(self.scorer([text] if len(windows) == 1 else windows))
         worst = int(scores.argmax())
-        hits = pattern_hits(windows[worst])
-        names = [hits.category, *word_hits(windows[worst])]
+        hits = self.rules.pattern_hits(windows[worst])
+        names = [hits.category, *self.rules.word_hits(windows[worst])]
         return Verdict(
             bool(scores[worst] > self.threshold), float(scores[worst]), next((n for n in names if n), None)
         )

@@ -37,7 +37,7 @@ LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 PIECE = re.compile(r"[a-z0-9'@$!|+]+")
 ALONE = re.compile(r"[\d']+|[!@$|+]+")  # a number, or signs: no word
 LONGEST, LONGEST_RUN = 40, 7  # symbols of one word, and equal ones in a row
-RUN = re.compile(r"(.)\1{%d,}" % LONGEST_RUN)
+RUN = re.compile(rf"(.)\1{{{LONGEST_RUN},}}")
 
 
 def key_of(word: str) -> str:
@@ -112,7 +112,7 @@ class Speller:
     def _words_of(self, pieces: list[str]) -> list[str]:
         """Return the cheapest way to read pieces, between which single signs stand, as words."""
         # Where all pieces are known words there is nothing to search.
-        if all(len(piece) > 1 and piece in self.costs or piece in ("a", "i") for piece in pieces):
+        if all((len(piece) > 1 and piece in self.costs) or piece in ("a", "i") for piece in pieces):
             return pieces
         symbols = "".join(pieces)
         spelled = symbols.translate(LEET).replace("i", "l")
