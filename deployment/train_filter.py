@@ -34,7 +34,15 @@ from shared.data.corpus import (
     load_sms,
     stories_text,
 )
-from shared.safety.filters import N_BUCKETS, SHIPPED, SIGNALS, ContentFilter, hashed_features, save_filter
+from shared.safety.filters import (
+    N_BUCKETS,
+    SHIPPED,
+    SIGNALS,
+    ContentFilter,
+    hashed_features,
+    read_rules,
+    save_filter,
+)
 from shared.safety.spelling import Speller, count_words, fold, key_of
 
 HERE = Path(__file__).resolve().parent

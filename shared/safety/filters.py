@@ -79,7 +79,7 @@ def read_rules(path: str | os.PathLike[str] = RULES) -> Rules:
     exceptions: list[re.Pattern[str]] = []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines[1:], start=2):
-        kind, name, text = (line.split("\t") + ["", ""])[:3]
+        kind, name, text = [*line.split("\t"), "", ""][:3]
         if kind in ("words", "pattern"):
             check_choice(f"the category in line {number}", name, CATEGORIES)
         check_choice(f"the kind in line {number}", kind, ("words", "part", "pattern", "exception"))
