@@ -217,6 +217,8 @@ async def complete(request: Request, body: CompletionRequest, seconds: Seconds =
     if body.best_of not in (None, body.n or 1):
         raise unsupported("best_of", "must be null or equal to n")
     prompts = await service.encode_prompts(body.prompt, "prompt")
+    if service.content_filter is not None:
+        await service.check_content([service.tokenizer.decode(ids) for ids in prompts], "prompt")
     jobs = service.jobs(
         body,
         prompts,
@@ -240,6 +242,7 @@ async def chat(request: Request, body: ChatRequest, seconds: Seconds = None) -> 
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     prompt = await service.encode_chat(body.messages)
+    await service.check_content([message.text() or "" for message in body.messages], "messages")
     jobs = service.jobs(
         body,
         [prompt],

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shared.generation.streaming import Tokenizer
+from shared.safety.filters import OutputGuard
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Piece:
         index: Which of the sequences of a request.
         text: New text.
         infos: One for each token whose text is complete, where probabilities are wanted.
-        finish_reason: "stop" or "length" in the last piece.
+        finish_reason: "stop", "length" or "content_filter" in the last piece.
         error: Why there will be no more pieces.
     """
 
@@ -62,7 +63,10 @@ class TextWriter:
 
     Attributes:
         stopped: Whether a stop string was found; there is no more text then.
+        reason: Why it stopped, in OpenAI's words.
     """
+
+    reason = "stop"
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops, self.stopped = tokenizer, tuple(stops), False
@@ -115,6 +119,47 @@ class TextWriter:
             if stop in self._held
         ]
         return min(found)[1] if found else None
+
+
+class GuardedWriter(TextWriter):
+    """A `TextWriter` whose text goes through a content filter; what the filter blocks ends it.
+
+    Text is held back until the guard has read what follows. A token's probability goes out with its text.
+
+    Args:
+        guard: Of this continuation alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], guard: OutputGuard) -> None:
+        super().__init__(tokenizer, stops)
+        self.guard, self._passed, self._waiting = guard, 0, list[TokenInfo]()
+
+    def feed(
+        self, token: int, info: tuple[float, dict[int, float]] | None = None
+    ) -> tuple[str, list[TokenInfo]]:
+        """Take a token and return the text, and the tokens, that are certain now."""
+        text, infos = super().feed(token, info)
+        return self._guarded(text, infos, final=self.stopped)
+
+    def end(self) -> tuple[str, list[TokenInfo]]:
+        """Return what was held back, when no token follows."""
+        text, infos = super().end()
+        return self._guarded(text, infos, final=True)
+
+    def _guarded(self, text: str, infos: list[TokenInfo], final: bool) -> tuple[str, list[TokenInfo]]:
+        """Let new text through the guard."""
+        given = self.guard.feed(text)
+        if final:
+            given += self.guard.end()
+        if self.guard.blocked:
+            self.stopped, self.reason = True, "content_filter"
+        self._passed += len(given)
+        self._waiting += infos
+        n = sum(info.offset < self._passed for info in self._waiting)
+        if final and not self.guard.blocked:
+            n = len(self._waiting)
+        out, self._waiting = self._waiting[:n], self._waiting[n:]
+        return given, out
 
 
 def overlap(text: str, stop: str) -> int:

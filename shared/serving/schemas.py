@@ -177,7 +177,7 @@ class CompletionChoice(Body):
     index: int
     text: str
     logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "content_filter"] | None
 
 
 class Completion(Body):
@@ -205,7 +205,7 @@ class ChatChoice(Body):
     index: int
     message: ReplyMessage
     logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "content_filter"]
 
 
 class ChatCompletion(Body):

@@ -48,6 +48,13 @@ def serve(
         str | None,
         typer.Option("--image-classifier", help="For pictures in /v1/classify; digits-vit if not given."),
     ] = None,
+    content_filter: Annotated[
+        bool,
+        typer.Option(
+            "--content-filter",
+            help="Refuse prompts, and cut replies, that the filter of the course blocks. It errs: see the notebook.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts written at a time.")] = 32,
     queue: Annotated[
         int, typer.Option("--queue", min=0, help="Texts that may wait; the next gets 429.")
@@ -130,7 +137,12 @@ def serve(
         if name not in {*model_names(), *ALIASES}:  # a path is nobody's business
             found = replace(found, name=Path(name).stem)
         pictures = find_picture_classifier(image_classifier)
-        service = Service(found, limits, find_classifier(classifier), n_threads, pictures)
+        blocker = None
+        if content_filter:
+            from shared.safety.filters import load_filter
+
+            blocker = load_filter()
+        service = Service(found, limits, find_classifier(classifier), n_threads, pictures, blocker)
         hosts = allowed_host or (LOOPBACK if is_local else ())
         app = create_app(
             service, KeyRing(hashes), hosts=hosts, origins=cors_origin or (), log_texts=log_texts
@@ -143,6 +155,7 @@ def serve(
                 model=found.name,
                 classifier=service.classifier_name,
                 image_classifier=service.pictures.name,
+                content_filter=content_filter,
                 keys=len(hashes or {}),
                 seconds=round(time.monotonic() - started, 3),
             )

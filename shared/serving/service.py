@@ -14,13 +14,14 @@ import torch
 from shared.generation.batching import BatchEngine
 from shared.generation.options import GenerationOptions
 from shared.generation.sampling import SMALLEST
+from shared.safety.filters import ContentFilter, OutputGuard
 from shared.serving.errors import ApiError, not_found, unsupported
 from shared.serving.limits import Limits
 from shared.serving.loading import LoadedOnce
 from shared.serving.metrics import Metrics
 from shared.serving.models import OpenedModel
 from shared.serving.pictures import PICTURES, PictureClassifier, PictureReader, open_picture_classifier
-from shared.serving.pieces import Piece, TextWriter
+from shared.serving.pieces import GuardedWriter, Piece, TextWriter
 from shared.serving.schemas import ChatMessage, Prompt, Writing
 from shared.serving.worker import Job, Worker
 from shared.text.tokenizer import BPETokenizer
@@ -42,6 +43,7 @@ class Service:
         classifier: For `/v1/classify`: its name, and what loads it when it is first asked; None if there is none.
         threads: How many threads the engine computes with; None is torch's default.
         pictures: As `classifier`, for pictures; None is the one that ships.
+        content_filter: Reads prompts before and replies while they are written; None reads nothing.
 
     Attributes:
         name: Of the model, for clients.
@@ -58,8 +60,10 @@ class Service:
         classifier: "tuple[str, Callable[[], TextClassifier]] | None" = None,
         threads: int | None = None,
         pictures: tuple[str, Callable[[], PictureClassifier]] | None = None,
+        content_filter: ContentFilter | None = None,
     ) -> None:
         self.limits, self.metrics = limits or Limits(), Metrics()
+        self.content_filter = content_filter
         self.classifier_name = None if classifier is None else classifier[0]
         self._classifier = None if classifier is None else LoadedOnce(classifier[1])
         self.name, self.model, self.tokenizer = opened.name, opened.model, opened.needed_tokenizer()
@@ -192,6 +196,16 @@ class Service:
         encode = self.chat_format.encode
         return await asyncio.get_running_loop().run_in_executor(self._encoder, encode, self.tokenizer, plain)
 
+    async def check_content(self, texts: Sequence[str], param: str) -> None:
+        """Refuse texts that the content filter blocks (ApiError, 400, code "content_filter")."""
+        if self.content_filter is None:
+            return
+        check, loop = self.content_filter.check, asyncio.get_running_loop()
+        for text in texts:
+            if (await loop.run_in_executor(self._encoder, check, text)).blocked:
+                message = f"{param} was blocked by the content filter"
+                raise ApiError(400, message, code="content_filter", param=param)
+
     def _too_long(self, param: str, size: str) -> ApiError:
         message = (
             f"{param} and what is to be written must have at most {self.context_length} tokens, got {size}"
@@ -243,12 +257,19 @@ class Service:
             for choice in range(n):
                 index = number * n + choice
                 seed = None if request.seed is None else (request.seed + index) % SEEDS
-                writer = TextWriter(self.tokenizer, stops)
+                writer = self._writer(stops)
                 job = Job(
                     index, ids, options, self.stop_ids, writer, queue, seed, n_logprobs, bool(request.stream)
                 )
                 jobs.append(job)
         return jobs
+
+    def _writer(self, stops: Sequence[str]) -> TextWriter:
+        """Return what turns the tokens of one continuation into text, through the filter if there is one."""
+        if self.content_filter is None:
+            return TextWriter(self.tokenizer, stops)
+        check = self.content_filter.check
+        return GuardedWriter(self.tokenizer, stops, OutputGuard(lambda text: check(text).blocked))
 
     def _options(self, request: Writing, max_new_tokens: int) -> GenerationOptions:
         """Return the settings of a request; what is not given is OpenAI's default."""

@@ -253,7 +253,7 @@ class Worker:
             piece.text, piece.infos = job.writer.feed(event.token, info)
             if job.writer.stopped:
                 self.engine.cancel(event.request)
-                piece.finish_reason = "stop"
+                piece.finish_reason = job.writer.reason
         if event.finish_reason == "error":
             piece = Piece(job.index, error=ApiError(500, "the model's numbers overflowed for this text"))
             self._end(job, "failed")
@@ -261,7 +261,7 @@ class Worker:
             if not job.writer.stopped:
                 text, infos = job.writer.end()
                 piece.text, piece.infos = piece.text + text, piece.infos + infos
-                piece.finish_reason = "stop" if job.writer.stopped else piece.finish_reason
+                piece.finish_reason = job.writer.reason if job.writer.stopped else piece.finish_reason
             job.n_shared = event.request.n_shared
             self._end(job, piece.finish_reason)
         return piece

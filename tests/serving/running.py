@@ -76,11 +76,14 @@ def running(
     keys: Mapping[str, str] | None = None,
     classifier: Any = None,
     pictures: Any = None,
+    content_filter: Any = None,
     **options: Any,
 ):
     """Serve a model; options are those of `Limits`, and `hosts`, `origins` and `log_texts` of `create_app`."""
     more = {name: options.pop(name) for name in ("hosts", "origins", "log_texts") if name in options}
-    service = Service(opened, Limits(**QUICK | options), classifier, pictures=pictures)
+    service = Service(
+        opened, Limits(**QUICK | options), classifier, pictures=pictures, content_filter=content_filter
+    )
     bound, started = listen("127.0.0.1", 0), threading.Event()
     server = Server(create_app(service, KeyRing(keys), **more), service, started.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
