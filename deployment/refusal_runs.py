@@ -2,7 +2,7 @@
 
     python refusal_runs.py              everything that the record lacks; about half an hour of one core
 
-The tuned model of chapter 7 goes on learning for 60 steps. A share of its lessons (`SHARES`) asks one story for things
+The tuned model of chapter 7 goes on learning for 150 steps. A share of its lessons (`SHARES`) asks one story for things
 and persons that may not occur in it (`refusal_lesson`): half of these questions have an answer, half have none. The
 other lessons are those of chapter 7. Share 0 learns as long without a refusal: what changes there is not the refusals'
 doing.
@@ -49,8 +49,8 @@ RESULTS = HERE / "refusal_runs.csv"
 chapter_7 = load_script(HERE.parent / "ch07_instruction" / "tune_instructions.py")
 
 REFUSAL = "The story does not say."
-SHARES, SEEDS, TEST_SEED = (0.0, 0.05, 0.2, 0.5), (1, 2, 3), 7300
-N_STEPS, BATCH_SIZE, LEARNING_RATE, N_TEST = 60, 8, 1e-3, 60
+SHARES, SEEDS, TEST_SEED = (0.5, 0.2, 0.05, 0.0), (1, 2), 7300
+N_STEPS, BATCH_SIZE, LEARNING_RATE, N_TEST = 150, 8, 2e-3, 60
 UNANSWERABLE = ("thing", "person", "word")
 COLUMNS = ["share", "seed", "steps", "minutes", "kind", "n", "right", "refused", "hardware", "torch"]
 Draw = Callable[[], float]

@@ -1,4 +1,18 @@
-"""A content filter: texts that a service should not take or give."""
+"""A content filter: texts that a service should not take or give, by words, patterns, exceptions and a small
+classifier.
+
+`load_filter` is the one that ships. On texts that it was not made with it caught about a third of what it
+should, with a precision of about 84 % among as many good as bad texts: use it to learn, not to protect.
+`OutputGuard` lets a stream pass through any filter, with characters held back.
+
+Left out: other languages than English, pictures, conversations whose parts are harmless alone, and
+context: who says it to whom.
+
+Follows Weinberger et al. (2009, "Feature Hashing for Large Scale Multitask Learning") for the
+classifier's features.
+
+Explained and proven in deployment/05_content.ipynb; written from there by `make promote`.
+"""
 
 import json
 import math
@@ -212,6 +226,49 @@ class ContentFilter:
         )
 
 
+SHIPPED = CHECKPOINTS / "content-filter"
+
+
+def save_filter(
+    content_filter: ContentFilter, folder: str | os.PathLike[str], counts: dict[str, int], **details: object
+) -> None:
+    """Write a filter without scorer into a new folder: `filter.json` and `model.safetensors`, weights in float16.
+
+    Args:
+        counts: Of its words, as its speller was given them.
+        details: What else is to be kept, such as the recipe.
+
+    Raises FileExistsError if there is such a folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    save_file({"weights": content_filter.weights.astype(np.float16)}, folder / "model.safetensors")
+    about = {
+        "mix": content_filter.mix.tolist(),
+        "threshold": content_filter.threshold,
+        **details,
+        "words": counts,
+    }
+    (folder / "filter.json").write_text(json.dumps(about, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def load_filter(folder: str | os.PathLike[str] | None = None) -> ContentFilter:
+    """Return the filter that ships with the course, or one that `save_filter` wrote.
+
+    Raises:
+        ValueError: A file is damaged.
+        FileNotFoundError: There is none.
+    """
+    path = SHIPPED if folder is None else Path(folder)
+    text = (path / "filter.json").read_text(encoding="utf-8")
+    try:
+        about = json.loads(text)
+        weights = load_file(path / "model.safetensors")["weights"].astype(np.float32)
+        return ContentFilter(Speller(about["words"]), weights, about["mix"], about["threshold"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no filter that can be read: {error!r}") from error
+
+
 class OutputGuard:
     """Lets a text that is being written pass piece by piece, until the filter blocks it.
 
@@ -275,46 +332,3 @@ class OutputGuard:
         out, self._held = self._held[:n], self._held[n:]
         self._sent = (self._sent + out)[-self.window :]
         return out
-
-
-SHIPPED = CHECKPOINTS / "content-filter"
-
-
-def save_filter(
-    content_filter: ContentFilter, folder: str | os.PathLike[str], counts: dict[str, int], **details: object
-) -> None:
-    """Write a filter without scorer into a new folder: `filter.json` and `model.safetensors`, weights in float16.
-
-    Args:
-        counts: Of its words, as its speller was given them.
-        details: What else is to be kept, such as the recipe.
-
-    Raises FileExistsError if there is such a folder.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True)
-    save_file({"weights": content_filter.weights.astype(np.float16)}, folder / "model.safetensors")
-    about = {
-        "mix": content_filter.mix.tolist(),
-        "threshold": content_filter.threshold,
-        **details,
-        "words": counts,
-    }
-    (folder / "filter.json").write_text(json.dumps(about, separators=(",", ":")) + "\n", encoding="utf-8")
-
-
-def load_filter(folder: str | os.PathLike[str] | None = None) -> ContentFilter:
-    """Return the filter that ships with the course, or one that `save_filter` wrote.
-
-    Raises:
-        ValueError: A file is damaged.
-        FileNotFoundError: There is none.
-    """
-    path = SHIPPED if folder is None else Path(folder)
-    text = (path / "filter.json").read_text(encoding="utf-8")
-    try:
-        about = json.loads(text)
-        weights = load_file(path / "model.safetensors")["weights"].astype(np.float32)
-        return ContentFilter(Speller(about["words"]), weights, about["mix"], about["threshold"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no filter that can be read: {error!r}") from error
