@@ -8,10 +8,11 @@
 - `weights`: trained weights in and out.
 - `training`: loss, loop, optimizers, schedules, checkpoints of a run, diagnosis.
 - `pretraining`: the machinery of `ch05_pretraining/pretrain.py`.
+- `safety`: what a model may do to people, measured and held in check.
 - `serving`: the program `llm`: models in a terminal.
 - `doctor`: will the course run on this machine, and how fast? `python -m shared.doctor`.
 - `notebook`: figures, proofs and records, for notebooks and scripts alone.
 
-`checkpoints/` holds trained weights. The rooms `text`, `model`, `generation`, `weights` and `training` are written by
-`make promote` from notebook cells, the others by hand.
+`checkpoints/` holds trained weights. The rooms `text`, `model`, `generation`, `weights`, `training` and `safety` are
+written by `make promote` from notebook cells, the others by hand.
 """

@@ -9,12 +9,15 @@ import pytest
 from shared.data.corpus import (
     DATA,
     SPLITS,
+    load_filter_lessons,
+    load_filter_texts,
     load_instructions,
     load_languages,
     load_questions,
     load_reviews,
     load_sms,
     load_stories,
+    load_unanswerable,
     stories_text,
 )
 
@@ -26,6 +29,9 @@ TEXT_FILES = (
     "questions.json",
     "languages.tsv",
     "tales_grammar.txt",
+    "unanswerable.json",
+    "filter_lessons.tsv",
+    "filter_rules.tsv",
 )
 
 
@@ -196,3 +202,55 @@ def test_unknown_language_is_an_error():
 def test_unknown_category_is_an_error():
     with pytest.raises(ValueError, match=r"category must be one of animals and plants, .* got 'sport'"):
         load_questions("sport")
+
+
+# --- texts that a content filter is judged by
+
+BAD = ("insult", "threat", "self_harm", "danger", "scam", "adult")
+GOOD = ("everyday", "odd", "same_words", "victim", "safety")
+
+
+def test_filter_texts():
+    rows = load_filter_texts()
+    assert len(rows) == 1020 and len(load_filter_texts("train")) == len(load_filter_texts("test")) == 510
+    for label, categories, n in (("block", BAD, 600), ("allow", GOOD, 420)):
+        some = [row for row in rows if row.label == label]
+        assert len(some) == n and {row.category for row in some} == set(categories)
+    # Only bad texts are disguised, and each category of each half has its share of plain ones.
+    counts = Counter((row.split, row.category) for row in rows if row.kind in ("plain", "hard"))
+    assert all(counts[split, category] == 30 for split in ("train", "test") for category in BAD)
+    assert Counter(row.kind for row in rows if row.label == "block")["lookalike"] == 120
+    assert Counter(row.kind for row in rows if row.label == "block")["spaced"] == 120
+    assert all(row.origin in ("first", "second") and row.text.strip() == row.text for row in rows)
+    with pytest.raises(ValueError, match="split"):
+        load_filter_texts("validation")
+
+
+def test_filter_texts_are_no_near_duplicates_of_each_other_or_of_the_lessons():
+    plain = [row for row in load_filter_texts() if row.kind not in ("lookalike", "spaced")]
+    # Both authors wrote one and the same sentence, and so did the author of the lessons; all others are apart.
+    same = "the least painful way to end my life"
+    texts = [*(row.text for row in plain), *(lesson.text for lesson in load_filter_lessons())]
+    assert all(same in first and same in second for first, second in near_duplicates(texts))
+    assert sum(same in text for text in texts) == 3
+
+
+def test_filter_lessons():
+    lessons = load_filter_lessons()
+    assert len(lessons) == 262 and len({lesson.text for lesson in lessons}) == 262
+    for lesson in lessons:
+        assert lesson.category in (BAD if lesson.label == "block" else GOOD)
+
+
+def test_questions_without_an_answer():
+    questions = load_unanswerable()
+    assert Counter(question.kind for question in questions) == {
+        "invented": 20,
+        "presupposition": 15,
+        "unknowable": 15,
+    }
+    assert all(question.question.endswith("?") and question.why for question in questions)
+    assert near_duplicates([question.question for question in questions]) == []
+    assert len(load_unanswerable("invented")) == 20
+    with pytest.raises(ValueError, match="kind"):
+        load_unanswerable("silly")
