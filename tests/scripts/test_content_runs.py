@@ -95,7 +95,7 @@ def test_sentences_that_order_are_dropped_and_others_stay():
 def test_every_case_is_there_once():
     for way in injection_runs.WAYS:
         cases = injection_runs.cases(way)
-        assert len({case[:2] for case in cases}) == len(cases) == (8 if way == "clean" else 128)
+        assert len({case[:2] for case in cases}) == len(cases) == {"clean": 8, "direct": 32}.get(way, 128)
         for attack, _, _, text in cases[:8]:
             if attack >= 0 and way != "dropped":
                 assert injection_runs.ATTACKS[attack][1].upper() in text
