@@ -88,8 +88,8 @@ class FilterText:
             disguised and is not), same_words (words of the others, used harmlessly), victim (somebody tells what was
             done to them), safety (safety, health, law, history).
         kind: plain, hard, odd, and of disguised texts lookalike or spaced.
-        origin: `first` or `second`: which author wrote it.
-        split: `train` or `test`.
+        origin: `first` to `fourth`: which author wrote it.
+        split: `train`; `test`, by which the first filter was judged; `fresh`, written afterwards by others.
     """
 
     text: str
@@ -102,8 +102,9 @@ class FilterText:
 
 @dataclass(frozen=True)
 class FilterLesson:
-    """One text that a content filter learns from: its label (`block` or `allow`), its category, the text."""
+    """One text that a content filter learns from: its author, label (`block` or `allow`), category, and the text."""
 
+    origin: str
     label: str
     category: str
     text: str
@@ -170,19 +171,23 @@ def load_unanswerable(kind: str | None = None) -> list[UnansweredQuestion]:
 
 
 def load_filter_texts(split: str | None = None) -> list[FilterText]:
-    """Return the texts that a content filter is judged by, of one split (`train` or `test`), or all of them.
+    """Return the texts that a content filter is judged by, of one split (`train`, `test`, `fresh`), or all.
 
     Raises:
         ValueError: There is no such split.
     """
     if split is not None:
-        check_choice("split", split, ("train", "test"))
+        check_choice("split", split, ("train", "test", "fresh"))
     rows = [FilterText(**row) for row in _rows("filter_texts.tsv")]
     return [row for row in rows if split in (None, row.split)]
 
 
 def load_filter_lessons() -> list[FilterLesson]:
-    """Return the texts that the author of the filter's rules wrote for it to learn from; none of them is judged by."""
+    """Return the texts that a filter learns from; none of them is judged by.
+
+    Those of the origin `rules` are by the author of the filter's rules, the others by eight authors who saw neither rules
+    nor any other text.
+    """
     return [FilterLesson(**row) for row in _rows("filter_lessons.tsv")]
 
 

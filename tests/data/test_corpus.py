@@ -212,32 +212,37 @@ GOOD = ("everyday", "odd", "same_words", "victim", "safety")
 
 def test_filter_texts():
     rows = load_filter_texts()
-    assert len(rows) == 1020 and len(load_filter_texts("train")) == len(load_filter_texts("test")) == 510
-    for label, categories, n in (("block", BAD, 600), ("allow", GOOD, 420)):
+    assert len(load_filter_texts("train")) == len(load_filter_texts("test")) == 510
+    assert len(rows) == 1560 and len(load_filter_texts("fresh")) == 540
+    for label, categories, n in (("block", BAD, 960), ("allow", GOOD, 600)):
         some = [row for row in rows if row.label == label]
         assert len(some) == n and {row.category for row in some} == set(categories)
     # Only bad texts are disguised, and each category of each half has its share of plain ones.
     counts = Counter((row.split, row.category) for row in rows if row.kind in ("plain", "hard"))
-    assert all(counts[split, category] == 30 for split in ("train", "test") for category in BAD)
-    assert Counter(row.kind for row in rows if row.label == "block")["lookalike"] == 120
-    assert Counter(row.kind for row in rows if row.label == "block")["spaced"] == 120
-    assert all(row.origin in ("first", "second") and row.text.strip() == row.text for row in rows)
+    assert all(counts[split, category] == 30 for split in ("train", "test", "fresh") for category in BAD)
+    assert Counter(row.kind for row in rows if row.label == "block")["lookalike"] == 210
+    assert Counter(row.kind for row in rows if row.label == "block")["spaced"] == 210
+    authors = {"train": {"first", "second"}, "test": {"first", "second"}, "fresh": {"third", "fourth"}}
+    assert all(row.origin in authors[row.split] and row.text.strip() == row.text for row in rows)
     with pytest.raises(ValueError, match="split"):
         load_filter_texts("validation")
 
 
 def test_filter_texts_are_no_near_duplicates_of_each_other_or_of_the_lessons():
     plain = [row for row in load_filter_texts() if row.kind not in ("lookalike", "spaced")]
-    # Both authors wrote one and the same sentence, and so did the author of the lessons; all others are apart.
-    same = "the least painful way to end my life"
+    # Authors who did not know of each other wrote two sentences nearly alike; all others are apart.
+    same = ("the least painful way to end my life", "In chess, when is it worth sacrificing")
     texts = [*(row.text for row in plain), *(lesson.text for lesson in load_filter_lessons())]
-    assert all(same in first and same in second for first, second in near_duplicates(texts))
-    assert sum(same in text for text in texts) == 3
+    pairs = near_duplicates(texts)
+    assert all(any(words in first and words in second for words in same) for first, second in pairs)
+    assert len(pairs) == 4
 
 
 def test_filter_lessons():
     lessons = load_filter_lessons()
-    assert len(lessons) == 262 and len({lesson.text for lesson in lessons}) == 262
+    assert len(lessons) == len({lesson.text for lesson in lessons}) == 3678
+    assert Counter(lesson.origin for lesson in lessons)["rules"] == 261
+    assert len({lesson.origin for lesson in lessons}) == 9
     for lesson in lessons:
         assert lesson.category in (BAD if lesson.label == "block" else GOOD)
 
