@@ -81,6 +81,9 @@ def test_the_instructions_are_those_of_chapter_7():
     assert {row["family"] for row in rows} == set(families)
     assert lora_instructions.TEST_SEED not in (*lora_instructions.SEEDS, lora_instructions.CHOICE_SEED, 1)
     assert lora_instructions.chosen_rate("full") == 3e-3
+    tested = {(row["method"], int(row["seed"])) for row in rows if row["role"] == "test"}
+    compared = ("full", "LoRA, rank 16", "LoRA, rank 64")
+    assert tested >= {(method, seed) for method in compared for seed in lora_instructions.SEEDS}
 
 
 def test_a_short_run_on_instructions():
