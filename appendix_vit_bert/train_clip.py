@@ -3,7 +3,7 @@
     python train_clip.py                 the runs that train_clip.csv lacks, about a minute each
     python train_clip.py --steps 20 --output trial.csv       a short trial
 
-A digit is thin or thick, its ink strong or faint, and it is plain or marked by a dot in the upper right corner: with ten
+A digit is thin or thick, its ink strong or faint, and it is plain or marked by a dot in the upper right corner: with 10
 digits 80 combinations. Of each digit one, two or four styles are held out, others for each digit: so many combinations
 are neither drawn nor named in training. Rate, decay and steps were chosen with the seeds 8 and 9 on the validation
 images; the test images are looked at once by each run.
