@@ -43,11 +43,14 @@ NEW_WORDING = "the digit {d} , {m} , {i} and {w}"  # never in training
 
 
 def held_out_styles(n: int = 1) -> Tensor:
-    """Return bool (digits, styles): the `n` styles of each digit that training neither draws nor names."""
-    steps = torch.tensor([0, 5, 2, 7])[:n]
+    """Return bool (digits, styles): the `n` styles of each digit that training neither draws nor names.
+
+    Style 0 is never among them: it is the digit as it is, which the image encoder knows from elsewhere.
+    """
+    steps = torch.tensor([0, 5, 2, 3])[:n]
     found = torch.zeros(10, 8, dtype=torch.bool)
     for digit in range(10):
-        found[digit, (digit * (1 + digit // 8) + steps) % 8] = True
+        found[digit, 1 + (digit * (1 + digit // 7) + steps) % 7] = True
     return found
 
 
