@@ -7,8 +7,8 @@
 matches in six families of questions and one held out, and the loss on stories in nats a story. With LoRA every linear
 map of the blocks has an adapter, and the embedding's two new rows are trained as there.
 
-Each run has 300 steps, where chapter 7 has 1,000: on one core of a processor seven minutes in full, and about twice as
-long with adapters. Each method's learning rate is chosen on another seed's lessons and tasks (role "choice", on a GPU).
+Each run has 300 steps, where chapter 7 has 1,000: on one core of a processor 6 to 13 minutes in full, 8 to 18 with
+adapters. Each method's learning rate is chosen on another seed's lessons and tasks (role "choice", on a GPU).
 The tasks of the test come from a seed that nothing was trained or chosen on. `lora_instructions.csv` has a row for each
 run and family.
 """

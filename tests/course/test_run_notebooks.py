@@ -96,6 +96,16 @@ def test_cells_see_the_settings_of_a_checked_run(tmp_path):
     assert execute(path, checked_run.environment()).cells[0].outputs[0].text == "1\n"
 
 
+def test_onednn_is_told_of_the_same_processor_as_torch(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    for capability, told in (("avx2", "AVX2"), ("default", None)):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        assert checked_run.environment().get("ONEDNN_MAX_CPU_ISA") == told
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "ALL")
+    assert checked_run.environment()["ONEDNN_MAX_CPU_ISA"] == "ALL"
+
+
 def test_the_users_settings_win_except_where_outputs_are_stored(tmp_path, monkeypatch, capsys):
     path = write_notebook(
         tmp_path / "ch02_a" / "01_a.ipynb", "import os\nprint(os.environ['OMP_NUM_THREADS'])"

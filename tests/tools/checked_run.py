@@ -36,8 +36,15 @@ del _start
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of this process, with those of a checked run where the user has set none."""
-    return {**CHECKED_RUN, **os.environ}
+    """Return the variables of this process, with those of a checked run where the user has set none.
+
+    Who tells torch that the processor has only AVX2 (ATEN_CPU_CAPABILITY) tells oneDNN, too: it looks for itself, and
+    where it finds more, torch refuses bfloat16 products that it handles on a real AVX2 processor.
+    """
+    found = {**CHECKED_RUN, **os.environ}
+    if found.get("ATEN_CPU_CAPABILITY") == "avx2":
+        found.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    return found
 
 
 def apply() -> None:
