@@ -18,6 +18,9 @@ def test_each_digit_lacks_so_many_styles_and_no_style_is_lost(n: int) -> None:
         and held_out.sum(dim=0).max() <= 7
         and not held_out[:, 0].any()
     )
+    for digit in range(10):  # with a word of style that it never met it could not be asked for it
+        left = [train_clip.STYLES[style] for style in range(8) if not held_out[digit, style]]
+        assert all(len(set(words)) == 2 for words in zip(*left, strict=True))
     batches = train_clip.pairs(load_digit_images("train"), held_out, 64, seed=3)
     for _ in range(5):
         (images, tokens), labels = next(batches)
