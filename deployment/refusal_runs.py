@@ -1,4 +1,4 @@
-"""Teach `tales-3m-instruct` to say "The story does not say.", with few or many such lessons, and record what it costs.
+"""Teach `tales-3m-instruct` to say "Nobody knows.", with few or many such lessons, and record what it costs.
 
     python refusal_runs.py              everything that the record lacks; about half an hour of one core
 
@@ -48,7 +48,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "refusal_runs.csv"
 chapter_7 = load_script(HERE.parent / "ch07_instruction" / "tune_instructions.py")
 
-REFUSAL = "The story does not say."
+REFUSAL = "Nobody knows."  # three tokens that its tales have: others could not be learned, see the notebook
 SHARES, SEEDS, TEST_SEED = (0.5, 0.2, 0.05, 0.0), (1, 2), 7300
 N_STEPS, BATCH_SIZE, LEARNING_RATE, N_TEST = 150, 8, 2e-3, 60
 UNANSWERABLE = ("thing", "person", "word")

@@ -1,21 +1,18 @@
-"""Fit the content filter on the training half of its texts, score it on the test half, and make it a checkpoint.
+"""The first content filter: fit it on the training half of its texts, and score it on the test half.
 
-    python train_filter.py              fit, score, record, ship; about five minutes of one core
-    python train_filter.py --no-models  without MiniLM and SmolLM2: what ships needs neither
+    python train_filter.py              about five minutes of one core
 
 Fitted are the linear classifier and the mix of signals, on the undisguised training texts and on lessons by the author
-of the rules (`shared/data/filter_lessons.tsv`). Thresholds are fixed by ten folds of the training half, in which a text
-and its disguised twin stay together: the lowest one at which 95 % of what is blocked is rightly blocked. Beside the
-filter stand two stronger readers, each with logistic regression: sentence vectors of MiniLM, and chapter 6's recipe,
-the mean features of SmolLM2's block 20.
+of the rules (origin `rules` of `shared/data/filter_lessons.tsv`). Thresholds are fixed by ten folds of the training
+half, in which a text and its disguised twin stay together: the lowest one at which 95 % of what is blocked is rightly
+blocked. Beside the filter stand two stronger readers, each with logistic regression: sentence vectors of MiniLM, and
+chapter 6's recipe, the mean features of SmolLM2's block 20. What ships is the second filter, `second_filter.py`.
 
-`filter_scores.csv` has a row for each of the 1,020 texts, in the order of the file: scores out of the folds for
-training texts, scores of the fitted systems for test texts; and whether each system blocks it.
+`filter_scores.csv` has a row for each of the 1,560 texts, in the order of the file: scores out of the folds for
+training texts, scores of the fitted systems for test and fresh texts; and whether each system blocks it.
 """
 
-import argparse
 import csv
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
 from shared.data.corpus import (
+    FilterLesson,
     FilterText,
     load_filter_lessons,
     load_filter_texts,
@@ -34,15 +32,7 @@ from shared.data.corpus import (
     load_sms,
     stories_text,
 )
-from shared.safety.filters import (
-    N_BUCKETS,
-    SHIPPED,
-    SIGNALS,
-    ContentFilter,
-    hashed_features,
-    read_rules,
-    save_filter,
-)
+from shared.safety.filters import N_BUCKETS, SIGNALS, ContentFilter, hashed_features, read_rules
 from shared.safety.spelling import Speller, count_words, fold, key_of
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +52,7 @@ SYSTEMS = (
 )
 
 
-def plain_texts() -> list[str]:
+def plain_texts(lessons: Sequence[FilterLesson]) -> list[str]:
     """Return the bundled texts from which the speller learns words; those of the filter's set are not among them."""
     texts = [stories_text(), *(row.text for row in (*load_sms("train"), *load_reviews("train")))]
     texts += [
@@ -70,7 +60,7 @@ def plain_texts() -> list[str]:
     ]
     texts += [paragraph.text for paragraph in load_languages("en")]
     texts += [" ".join((question.question, *question.answers)) for question in load_questions()]
-    return [*texts, *(lesson.text for lesson in load_filter_lessons())]
+    return [*texts, *(lesson.text for lesson in lessons)]
 
 
 def is_disguised(row: FilterText) -> bool:
@@ -184,17 +174,14 @@ def fixed_verdicts(text: str, speller: Speller) -> dict[str, bool]:
 
 
 def main() -> None:
-    """Fit, score, record and ship."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--no-models", action="store_true", help="leave MiniLM and SmolLM2 out; ships, records nothing"
-    )
-    models = () if parser.parse_args().no_models else ("minilm", "smollm2")
-    rows, lessons, base = load_filter_texts(), load_filter_lessons(), count_words(plain_texts())
+    """Fit, score and record."""
+    models = ("minilm", "smollm2")
+    rows, lessons = load_filter_texts(), [row for row in load_filter_lessons() if row.origin == "rules"]
+    base = count_words(plain_texts(lessons))
     is_train = np.array([row.split == "train" for row in rows])
     is_learned = np.array([row.split == "train" and not is_disguised(row) for row in rows])
     counts = count_words(
-        [*plain_texts(), *(row.text for row, learned in zip(rows, is_learned, strict=True) if learned)]
+        [*plain_texts(lessons), *(row.text for row, learned in zip(rows, is_learned, strict=True) if learned)]
     )
     texts = [*(row.text for row in rows), *(lesson.text for lesson in lessons)]
     blocked = np.array([row.label == "block" for row in (*rows, *lessons)])
@@ -226,7 +213,7 @@ def main() -> None:
             flush=True,
         )
 
-    # All training texts; the test half is scored once.
+    # All training texts; the others are scored once.
     speller = Speller(counts)
     tables = tables_of(speller, texts, models)
     everything = np.concatenate([np.flatnonzero(is_learned), lesson_places])
@@ -234,18 +221,7 @@ def main() -> None:
     test = np.flatnonzero(~is_train)
     for name, values in fitted.scores(tables, test).items():
         scores[name][test] = values
-
-    # What ships: the classifier's constant goes into that of the mix.
-    linear, mix = fitted.models["classifier"], fitted.mixes["filter"]
-    constant = mix.intercept_[0] + mix.coef_[0, -1] * linear.intercept_[0]
-    made = ContentFilter(
-        speller, linear.coef_[0].astype(np.float32), [*mix.coef_[0], constant], thresholds["filter"]
-    )
-    shutil.rmtree(SHIPPED, ignore_errors=True)
-    recipe = {"script": "deployment/train_filter.py", "penalty": PENALTY, "precision": PRECISION}
-    save_filter(made, SHIPPED, counts, recipe=recipe)
-    if models:
-        record(rows, scores, thresholds, speller)
+    record(rows, scores, thresholds, speller)
 
 
 def record(
