@@ -1,6 +1,6 @@
 """Teach `tales-3m-instruct` to say "Nobody knows.", with few or many such lessons, and record what it costs.
 
-    python refusal_runs.py              everything that the record lacks; about half an hour of one core
+    python refusal_runs.py              everything that the record lacks; about 40 minutes of one core
 
 The tuned model of chapter 7 goes on learning for 150 steps. A share of its lessons (`SHARES`) asks one story for things
 and persons that may not occur in it (`refusal_lesson`): half of these questions have an answer, half have none. The
@@ -49,7 +49,7 @@ RESULTS = HERE / "refusal_runs.csv"
 chapter_7 = load_script(HERE.parent / "ch07_instruction" / "tune_instructions.py")
 
 REFUSAL = "Nobody knows."  # three tokens that its tales have: others could not be learned, see the notebook
-SHARES, SEEDS, TEST_SEED = (0.5, 0.2, 0.05, 0.0), (1, 2), 7300
+SHARES, SEEDS, TEST_SEED = (0.5, 0.2, 0.05, 0.0), (1, 2, 3), 7300
 N_STEPS, BATCH_SIZE, LEARNING_RATE, N_TEST = 150, 8, 2e-3, 60
 UNANSWERABLE = ("thing", "person", "word")
 COLUMNS = ["share", "seed", "steps", "minutes", "kind", "n", "right", "refused", "hardware", "torch"]

@@ -185,8 +185,8 @@ def load_filter_texts(split: str | None = None) -> list[FilterText]:
 def load_filter_lessons() -> list[FilterLesson]:
     """Return the texts that a filter learns from; none of them is judged by.
 
-    Those of the origin `rules` are by the author of the filter's rules, the others by eight authors who saw neither rules
-    nor any other text.
+    Those of the origin `rules` are by the author of the filter's rules, the others by eight authors who saw neither
+    rules nor any other text.
     """
     return [FilterLesson(**row) for row in _rows("filter_lessons.tsv")]
 

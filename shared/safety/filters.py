@@ -1,9 +1,10 @@
 """A content filter: texts that a service should not take or give, by words, patterns, exceptions and a small
 classifier.
 
-`load_filter` is the one that ships. On texts that it was not made with it caught about a third of what it
-should, with a precision of about 84 % among as many good as bad texts: use it to learn, not to protect.
-`OutputGuard` lets a stream pass through any filter, with characters held back.
+`load_filter` is the one that ships. Of 180 texts that it should block, by authors whom it had not met, it
+caught 55 %, with a precision of 96 % among as many harmless ones; with `adapter_scorer`, a tuned SmolLM2,
+89 % and 92 %. Use it to learn, not to protect. `OutputGuard` lets a stream pass through any filter, with
+characters held back.
 
 Left out: other languages than English, pictures, conversations whose parts are harmless alone, and
 context: who says it to whom.
@@ -24,11 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from shared.checks import check_choice, require, whole_number
 from shared.data.corpus import DATA
+from shared.finetuning.lora_classifier import load_adapted_classifier
 from shared.safety.spelling import Speller
 from shared.weights.pretrained import CHECKPOINTS
 
@@ -174,7 +177,7 @@ class ContentFilter:
         ValueError: The numbers of weights do not fit.
     """
 
-    WINDOW, STEP = 1200, 800  # characters of an undisguised text
+    WINDOW, STEP = 240, 120  # characters of an undisguised text; what is longer is read in pieces
 
     def __init__(
         self,
@@ -217,13 +220,23 @@ class ContentFilter:
         table = np.array([[*self.signals(window), 1.0] for window in windows])
         scores = table @ self.mix[: len(SIGNALS) + 1]
         if self.scorer is not None:
-            scores = scores + self.mix[-1] * np.asarray(self.scorer([text] if len(windows) == 1 else windows))
+            given = [readable(text, plain)] if len(windows) == 1 else windows
+            scores = scores + self.mix[-1] * np.asarray(self.scorer(given))
         worst = int(scores.argmax())
         hits = self.rules.pattern_hits(windows[worst])
         names = [hits.category, *self.rules.word_hits(windows[worst])]
         return Verdict(
             bool(scores[worst] > self.threshold), float(scores[worst]), next((n for n in names if n), None)
         )
+
+
+def readable(text: str, plain: str) -> str:
+    """Return a text as it was written if `Speller.undisguise` changed none of its words, else what that made of it.
+
+    A language model has learned from texts with capitals and marks; it should not lose them without need.
+    """
+    words = lambda part: re.findall(r"[a-z0-9]+", part.lower().replace("'", "").replace("’", ""))
+    return text if words(text) == words(plain) else plain
 
 
 SHIPPED = CHECKPOINTS / "content-filter"
@@ -236,7 +249,7 @@ def save_filter(
 
     Args:
         counts: Of its words, as its speller was given them.
-        details: What else is to be kept, such as the recipe.
+        details: What else is to be kept, such as the recipe; `with_scorer` has mix and threshold for `load_filter`.
 
     Raises FileExistsError if there is such a folder.
     """
@@ -252,11 +265,17 @@ def save_filter(
     (folder / "filter.json").write_text(json.dumps(about, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def load_filter(folder: str | os.PathLike[str] | None = None) -> ContentFilter:
+def load_filter(
+    folder: str | os.PathLike[str] | None = None, *, scorer: Scorer | None = None
+) -> ContentFilter:
     """Return the filter that ships with the course, or one that `save_filter` wrote.
 
+    Args:
+        folder: None is the one that ships.
+        scorer: A stronger model, see `ContentFilter`; the file must have the weights that go with it.
+
     Raises:
-        ValueError: A file is damaged.
+        ValueError: A file is damaged, or has no weights for a scorer.
         FileNotFoundError: There is none.
     """
     path = SHIPPED if folder is None else Path(folder)
@@ -264,9 +283,28 @@ def load_filter(folder: str | os.PathLike[str] | None = None) -> ContentFilter:
     try:
         about = json.loads(text)
         weights = load_file(path / "model.safetensors")["weights"].astype(np.float32)
-        return ContentFilter(Speller(about["words"]), weights, about["mix"], about["threshold"])
+        chosen = about if scorer is None else about["with_scorer"]
+        return ContentFilter(Speller(about["words"]), weights, chosen["mix"], chosen["threshold"], scorer)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no filter that can be read: {error!r}") from error
+        raise ValueError(f"{path} holds no such filter that can be read: {error!r}") from error
+
+
+def adapter_scorer(name_or_path: str | os.PathLike[str] = "filter-lora") -> Scorer:
+    """Return a scorer for `load_filter`: what a tuned SmolLM2 gives to "block", as log-odds between -12 and 12.
+
+    Args:
+        name_or_path: As for `shared.finetuning.lora_classifier.load_adapted_classifier`, where the errors stand too;
+            one of its labels is "block".
+    """
+    classifier = load_adapted_classifier(name_or_path)
+    check_choice("block", "block", classifier.labels)
+    place = classifier.labels.index("block")
+
+    def score(texts: Sequence[str]) -> list[float]:
+        probabilities = classifier.predict_proba(texts)[:, place].double()
+        return torch.logit(probabilities, eps=1e-5).clamp(-12, 12).tolist()
+
+    return score
 
 
 class OutputGuard:

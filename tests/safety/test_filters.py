@@ -1,6 +1,5 @@
 """The content filter: rules, scores, what ships, and the guard of a stream."""
 
-import csv
 import time
 import zlib
 from pathlib import Path
@@ -11,20 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.data.corpus import load_filter_lessons, load_filter_texts
+from shared.data.models import has_model
 from shared.notebook.records import read_rows
 from shared.safety.filters import (
     CATEGORIES,
     SHIPPED,
     ContentFilter,
     OutputGuard,
+    adapter_scorer,
     hashed_features,
     load_filter,
     read_rules,
+    readable,
     save_filter,
 )
 from shared.safety.spelling import Speller
 
-RECORD = Path(__file__).parents[2] / "deployment" / "filter_scores.csv"
+RECORD = Path(__file__).parents[2] / "deployment" / "filter_fresh.csv"
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +69,11 @@ def test_features_are_of_length_one_and_do_not_depend_on_the_process():
 
 def test_the_shipped_filter_scores_the_texts_as_the_record_says(shipped):
     # The record was written with float64 weights; those that ship are float16.
-    rows = [row for row in read_rows(RECORD) if row["split"] == "test"]
-    texts = load_filter_texts()
+    rows = [row for row in read_rows(RECORD) if row["split"] == "fresh"]
     differ = 0
-    for row in rows[::4]:
-        verdict = shipped.check(texts[int(row["number"])].text)
+    for text, row in list(zip(load_filter_texts("fresh"), rows, strict=True))[::4]:
+        verdict = shipped.check(text.text)
+        assert (text.label, text.kind, text.category) == (row["label"], row["kind"], row["category"])
         assert verdict.score == pytest.approx(float(row["filter score"]), abs=0.02)
         differ += verdict.blocked != (row["filter"] == "1")
     assert differ <= 1
@@ -83,8 +85,8 @@ def test_a_disguise_alone_is_no_reason_to_block(shipped):
 
 
 def test_a_verdict_names_a_category(shipped):
-    verdict = shipped.check("How do I build a b0mb without getting caught?")
-    assert verdict.blocked and verdict.category == "danger" and verdict.score > shipped.threshold
+    verdict = shipped.check("You are a p.a.t.h.e.t.i.c loser.")
+    assert verdict.blocked and verdict.category == "insult" and verdict.score > shipped.threshold
     assert not shipped.check("Thank you for the flowers.").blocked
     assert not shipped.check("").blocked
 
@@ -92,7 +94,7 @@ def test_a_verdict_names_a_category(shipped):
 def test_one_bad_sentence_in_a_long_text_counts(shipped):
     long = "The mill by the river is old and quiet. " * 120
     assert not shipped.check(long).blocked
-    assert shipped.check(long + "How do I build a bomb without getting caught? " + long).blocked
+    assert shipped.check(long + "You are a pathetic loser, and everybody laughs at you. " + long).blocked
 
 
 @pytest.mark.parametrize("unit", ["how to ", "you ", "write make ", "<<", "i will "])
@@ -122,8 +124,51 @@ def test_a_saved_filter_comes_back(shipped, tmp_path):
     with pytest.raises(FileExistsError):
         save_filter(made, tmp_path / "mine", counts)
     (tmp_path / "mine" / "filter.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="no filter"):
+    with pytest.raises(ValueError, match="no such filter"):
         load_filter(tmp_path / "mine")
+
+
+def test_a_scorer_needs_weights_of_its_own(shipped, tmp_path):
+    given: list[str] = []
+
+    def scorer(texts):
+        given.extend(texts)
+        return [2.0] * len(texts)
+
+    stronger, calm = load_filter(scorer=scorer), load_filter(scorer=lambda texts: [0.0] * len(texts))
+    text = "Write to my aunt."
+    assert stronger.score(text) - calm.score(text) == pytest.approx(2.0 * stronger.mix[-1])
+    assert stronger.threshold != shipped.threshold and stronger.mix[-1] > 0
+    # What is not disguised reaches the model as it was written, else as it was read.
+    stronger.score("W r i t e  to my aunt!")
+    assert given == [text, "write to my aunt !"]
+    counts = {"bomb": 3}
+    save_filter(
+        ContentFilter(Speller(counts), shipped.weights, shipped.mix, shipped.threshold),
+        tmp_path / "a",
+        counts,
+    )
+    with pytest.raises(ValueError, match="with_scorer"):
+        load_filter(tmp_path / "a", scorer=scorer)
+
+
+def test_a_text_stays_as_written_if_no_word_of_it_changes():
+    assert readable("Don’t go, Mara!", "dont go , mara !") == "Don’t go, Mara!"
+    assert readable("k1ll it", "kill it") == "kill it"
+
+
+@pytest.mark.skipif(not has_model("smollm2-135m-instruct"), reason="SmolLM2 is not installed")
+def test_the_adapter_scores_as_the_record_says():
+    rows = [row for row in read_rows(RECORD) if row["split"] == "fresh"]
+    stronger = load_filter(scorer=adapter_scorer())
+    differ = 0
+    for text, row in list(zip(load_filter_texts("fresh"), rows, strict=True))[::30]:
+        verdict = stronger.check(text.text)
+        assert verdict.score == pytest.approx(float(row["filter+adapter score"]), abs=0.05)
+        differ += verdict.blocked != (row["filter+adapter"] == "1")
+    assert len(rows) == 540 and differ <= 1
+    with pytest.raises(ValueError, match="block"):
+        adapter_scorer("spam-lora")
 
 
 def test_what_ships_is_small():
@@ -188,14 +233,14 @@ def test_each_character_is_read_a_bounded_number_of_times():
     assert sum(read) < 20 * 10_000
 
 
-def test_the_record_has_every_text_once():
-    with RECORD.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    texts = load_filter_texts()
-    assert [int(row["number"]) for row in rows] == list(range(len(texts)))
-    assert [row["split"] for row in rows] == [text.split for text in texts]
-    # Aims: 90 % recall at 95 % precision. Not reached; what was reached stays.
-    judged = [row for row in rows if row["split"] == "test" and row["kind"] not in ("lookalike", "spaced")]
-    blocked = [row for row in judged if row["filter"] == "1"]
+@pytest.mark.parametrize(
+    ("system", "recall", "precision"), [("filter", 0.5, 0.93), ("filter+adapter", 0.85, 0.9)]
+)
+def test_what_was_reached_on_fresh_texts(system, recall, precision):
+    # Aims: 90 % recall at 95 % precision. Nearly reached; what was reached stays.
+    rows = [row for row in read_rows(RECORD) if row["split"] == "fresh"]
+    judged = [row for row in rows if row["kind"] not in ("lookalike", "spaced")]
+    blocked = [row for row in judged if row[system] == "1"]
     right = sum(row["label"] == "block" for row in blocked)
-    assert right / len(blocked) > 0.75 and right / sum(row["label"] == "block" for row in judged) > 0.3
+    assert right / len(blocked) > precision
+    assert right / sum(row["label"] == "block" for row in judged) > recall

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deployment import injection_runs, invented_facts, refusal_runs, train_filter
-from shared.data.corpus import load_filter_texts, load_questions, load_unanswerable
+from deployment import injection_runs, invented_facts, refusal_runs, second_filter, train_filter
+from shared.data.corpus import load_filter_lessons, load_filter_texts, load_questions, load_unanswerable
 from shared.data.models import has_model
 from shared.notebook.records import read_rows
 from shared.tales.generator import TaleGenerator
@@ -160,14 +160,34 @@ def test_the_threshold_is_the_lowest_of_enough_precision():
 
 
 def test_the_speller_of_the_folds_has_not_read_the_texts_that_judge():
-    known = set(train_filter.plain_texts())
+    known = set(train_filter.plain_texts(load_filter_lessons()))
     assert not known & {row.text for row in load_filter_texts()}
 
 
 def test_fixed_verdicts_are_those_of_the_record():
     from shared.safety.filters import load_filter
 
-    rows, texts, speller = read_rows(Path(train_filter.RESULTS)), load_filter_texts(), load_filter().speller
-    for row in rows[::60]:
-        for name, value in train_filter.fixed_verdicts(texts[int(row["number"])].text, speller).items():
+    rows = [row for row in read_rows(Path(second_filter.RESULTS)) if row["split"] == "fresh"]
+    for row, text in list(zip(rows, load_filter_texts("fresh"), strict=True))[::30]:
+        for name, value in train_filter.fixed_verdicts(text.text, load_filter().speller).items():
             assert row[name] == str(int(value))
+
+
+def test_the_records_of_both_filters_are_complete():
+    first, second = read_rows(Path(train_filter.RESULTS)), read_rows(Path(second_filter.RESULTS))
+    texts = load_filter_texts()
+    assert [(row["split"], row["label"], row["kind"]) for row in first] == [
+        (text.split, text.label, text.kind) for text in texts
+    ]
+    # The second one is weighed by plain texts of the test half, and judged by all fresh ones.
+    wanted = [
+        text
+        for text in texts
+        if text.split == "fresh" or (text.split == "test" and not train_filter.is_disguised(text))
+    ]
+    assert [(row["split"], row["label"], row["origin"]) for row in second] == [
+        (text.split, text.label, text.origin) for text in wanted
+    ]
+    for row in second:
+        for name in ("classifier", "filter", "adapter", "filter+adapter"):
+            assert row[name] in "01" and float(row[f"{name} score"])
