@@ -314,9 +314,11 @@ import hmac
 def pseudonym(kind: str, value: str, key: bytes) -> str:
     """Return a short name that is always the same for the same value, and says nothing about it without the key.
 
-    Spellings that differ in case, spaces and marks only have the same name. (HMAC with SHA-256, RFC 2104; 40 bits.)
+    Spellings that differ in case only have the same name; of numbers those, too, that differ in spaces and marks. (HMAC with SHA-256, RFC 2104; 40 bits.)
     """
-    plain = re.sub(r"[^\w@+]", "", value.lower())
+    plain = value.lower()
+    if kind not in ("email", "address"):  # there a point makes another address
+        plain = re.sub(r"[\W_]", "", plain)
     digest = hmac.new(key, f"{kind}:{plain}".encode(), hashlib.sha256).hexdigest()
     return f"[{kind.upper()}-{digest[:10]}]"
 
