@@ -3,18 +3,18 @@
     python privacy_runs.py                       everything that the record lacks, about 12 minutes of a core
     python privacy_runs.py --measure plain --seed 0
 
-A public model, `tales-tiny`, is trained on 256 tales that it never saw, among which lie canaries: lines such as
+A public model, `tales-tiny`, is trained on 96 tales that it never saw, among which lie canaries: lines such as
 "Mara's phone number is 07700 900" and three digits drawn at random, planted 1 to 32 times (numbers that Ofcom gives
 to nobody). Each row of `privacy.csv` is one way to train and one seed: exposure of each canary among the 1,000
 possible numbers, how many the model says by itself, how well members are told from others, and what a tale of
-somebody else costs. Seeds draw everything: tales, names, numbers, batches and noise. Values of learning rate and
-length were set on seed 9, which is not in the record. A run replaces the row of the same measure and seed; the script
+somebody else costs. Seeds draw everything: tales, names, numbers, batches and noise. Learning rate and
+length were set by short trials on other tales. A run replaces the row of the same measure and seed; the script
 goes on where it was stopped. One thread is used.
 """
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ COLUMNS = [
     "hardware",
     "torch",
 ]
-BASE, N_TALES, N_EPOCHS, BATCH, RATE = "tales-tiny", 256, 8, 16, 3e-3
+BASE, N_TALES, N_EPOCHS, BATCH, RATE = "tales-tiny", 96, 10, 16, 3e-3
 PRIVATE_BATCH, MAX_NORM, DELTA = 64, 1.0, 1e-4
 LEVELS = (0, 0, 1, 2, 4, 8, 16, 32)  # how often a canary is planted; twice as many are never planted
 PER_LEVEL = 4
@@ -80,7 +80,7 @@ Mara Milos Nadia Ngozi Oskar Pablo Priya Rosa Samir Sven Tamar Umberto Vera Wand
 MEASURES: dict[str, dict[str, object]] = {
     "plain": {},
     "2 epochs": {"n_epochs": 2},
-    "dropout": {"dropout": 0.2},
+    "dropout": {"dropout": 0.1},
     "deduplicated": {},
     "redacted": {},
     "clipped": {"noise": 0.0},
@@ -220,27 +220,25 @@ def outcome(model: GPTModel, world: World, public: tuple[torch.Tensor, torch.Ten
 
 def run(
     measure: str, seed: int, n_tales: int = N_TALES, n_epochs: int | None = None
-) -> list[dict[str, object]]:
-    """Train in one way, and return the row; "plain" is followed by the deletions that begin with its model."""
+) -> Iterator[dict[str, object]]:
+    """Train in one way, and yield the row; "plain" is followed by the deletions that begin with its model."""
     options = dict(MEASURES[measure])
     n_epochs = n_epochs or int(options.get("n_epochs", N_EPOCHS))
     world, noise = World.draw(seed, n_tales), options.get("noise")
     reference = load_pretrained(BASE)
     public = tuple(document_losses(reference, rows_of(texts)) for texts in (world.members, world.others))
-    rows, found = rows_of(world.documents(measure)), []
+    rows = rows_of(world.documents(measure))
 
-    def finish(name: str, model: GPTModel, n: int, steps: int, started: float) -> None:
+    def row(name: str, model: GPTModel, n: int, steps: int, started: float) -> dict[str, object]:
         seconds = time.process_time() - started
-        row = {
+        about = {
             "measure": name,
             "seed": seed,
             "documents": n,
             "steps": steps,
             "cpu_seconds": round(seconds, 1),
         }
-        found.append(
-            row | outcome(model, world, public) | {"hardware": cpu_name(), "torch": torch.__version__}
-        )
+        return about | outcome(model, world, public) | {"hardware": cpu_name(), "torch": torch.__version__}
 
     torch.manual_seed(seed)
     model, started = public_model(float(options.get("dropout", 0.0))), time.process_time()
@@ -248,29 +246,29 @@ def run(
         steps = fit(model, rows, seed, n_epochs)
     else:
         steps = fit_privately(model, rows, seed, float(noise), n_epochs)
-    finish(measure, model, len(rows), steps, started)
+    found = row(measure, model, len(rows), steps, started)
     if noise:
         rate = min(1.0, PRIVATE_BATCH / len(rows))
-        found[-1] |= {"noise": noise, "epsilon": f"{privacy_spent(float(noise), rate, steps, DELTA):.2f}"}
+        found |= {"noise": noise, "epsilon": f"{privacy_spent(float(noise), rate, steps, DELTA):.2f}"}
+    yield found
     if measure != "plain":
-        return found
+        return
+    # Two ways to delete begin with the trained model, one with the public one.
     kept = rows_of(world.documents("retrained"))
     forgotten = rows_of([canary.text for canary in world.canaries if canary.repeats == FORGOTTEN])
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     for name in DELETIONS:
         torch.manual_seed(seed)
         model, started = public_model(), time.process_time()
-        if name == "retrained":
-            steps = fit(model, kept, seed, n_epochs)
-        else:
+        if name != "retrained":
             model.load_state_dict(trained)
-            steps = (
-                fit(model, kept, seed + 1, 1, RATE / 2)
-                if name == "continued"
-                else ascend(model, forgotten, kept, seed)
-            )
-        finish(name, model, len(kept), steps, started)
-    return found
+        if name == "ascent":
+            steps = ascend(model, forgotten, kept, seed)
+        elif name == "continued":
+            steps = fit(model, kept, seed + 1, 1, RATE / 2)
+        else:
+            steps = fit(model, kept, seed, n_epochs)
+        yield row(name, model, len(kept), steps, started)
 
 
 def main(arguments: list[str] | None = None) -> None:
