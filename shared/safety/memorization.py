@@ -1,15 +1,36 @@
-"""Draft."""
+"""What a model has learned by heart, and training that bounds it: canaries and exposure, membership
+inference, DP-SGD.
+
+`draw_canaries` and `canary_exposures` measure secrets, `membership` judges an attack by its scores,
+`train_privately` is DP-SGD with gradients of single rows, and `privacy_spent` asks Opacus's accountant
+what was promised.
+
+Left out: attacks with many shadow models, canaries that are no digits, gradients of single rows without
+memory for all of them, and random numbers that an adversary cannot foresee.
+
+Follows Carlini et al. (2019, "The Secret Sharer"), Yeom et al. (2018) and Abadi et al. (2016).
+
+Explained and proven in deployment/06_privacy.ipynb; written from there by `make promote`.
+"""
+
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
-from shared.generation.engine import generate
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 
 from shared.checks import check_between, require, whole_number
+from shared.generation.engine import generate
+from shared.training.batches import IGNORE, pad_rows
+from shared.training.losses import next_token_loss, own_modes
 
 
 @dataclass(frozen=True)
@@ -59,44 +80,6 @@ def draw_canaries(
     ]
 
 
-from shared.training.losses import next_token_loss, own_modes
-
-
-@torch.no_grad()
-def candidate_losses(
-    model: nn.Module, encoding: tiktoken.Encoding, prompt: str, candidates: Sequence[str], batch_size: int = 64
-) -> Tensor:
-    """Return -log p(candidate | prompt) for every candidate, in nats, float32 (candidates,).
-
-    The model reads the end token, the prompt and the candidate. Candidates that differ only in their last token share
-    a pass: a thousand numbers of three digits cost a hundred.
-
-    Raises:
-        ValueError: There are fewer than two candidates, or the tokens of one run into those of the prompt.
-    """
-    require("candidates", len(candidates), len(candidates) > 1, "at least two")
-    head = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
-    rows = [[encoding.eot_token, *encoding.encode_ordinary(prompt + text)] for text in candidates]
-    for text, row in zip(candidates, rows, strict=True):
-        is_apart = row[: len(head)] == head and len(row) > len(head)
-        require("candidates", text, is_apart, "texts whose tokens begin where the prompt's end")
-    stems = list(dict.fromkeys(tuple(row[:-1]) for row in rows))
-    log_p: dict[tuple[int, ...], Tensor] = {}
-    device = next(model.parameters()).device
-    with own_modes(model):
-        model.eval()
-        for start in range(0, len(stems), batch_size):
-            part = stems[start : start + batch_size]
-            longest = max(map(len, part))
-            inputs = torch.tensor([[*stem, *[0] * (longest - len(stem))] for stem in part], device=device)
-            logits = model(inputs)[:, len(head) - 1 :].float()
-            log_p |= zip(part, logits.log_softmax(-1).cpu(), strict=True)
-    ends = [torch.tensor(row[len(head) :]) for row in rows]
-    return torch.stack(
-        [-log_p[tuple(row[:-1])][range(len(end)), end].sum() for row, end in zip(rows, ends, strict=True)]
-    )
-
-
 def exposure(losses: Tensor, place: int) -> float:
     """Return log2(number of candidates) - log2(rank of the one at `place`), in bits (Carlini et al., 2019).
 
@@ -140,7 +123,43 @@ def is_extracted(model: nn.Module, encoding: tiktoken.Encoding, canary: Canary) 
     return generate(model, [prompt], len(whole) - len(prompt))[0] == whole[len(prompt) :]
 
 
-from shared.training.batches import IGNORE, pad_rows
+@torch.no_grad()
+def candidate_losses(
+    model: nn.Module,
+    encoding: tiktoken.Encoding,
+    prompt: str,
+    candidates: Sequence[str],
+    batch_size: int = 64,
+) -> Tensor:
+    """Return -log p(candidate | prompt) for every candidate, in nats, float32 (candidates,).
+
+    The model reads the end token, the prompt and the candidate. Candidates that differ only in their last token share
+    a pass: a thousand numbers of three digits cost a hundred.
+
+    Raises:
+        ValueError: There are fewer than two candidates, or the tokens of one run into those of the prompt.
+    """
+    require("candidates", len(candidates), len(candidates) > 1, "at least two")
+    head = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    rows = [[encoding.eot_token, *encoding.encode_ordinary(prompt + text)] for text in candidates]
+    for text, row in zip(candidates, rows, strict=True):
+        is_apart = row[: len(head)] == head and len(row) > len(head)
+        require("candidates", text, is_apart, "texts whose tokens begin where the prompt's end")
+    stems = list(dict.fromkeys(tuple(row[:-1]) for row in rows))
+    log_p: dict[tuple[int, ...], Tensor] = {}
+    device = next(model.parameters()).device
+    with own_modes(model):
+        model.eval()
+        for start in range(0, len(stems), batch_size):
+            part = stems[start : start + batch_size]
+            longest = max(map(len, part))
+            inputs = torch.tensor([[*stem, *[0] * (longest - len(stem))] for stem in part], device=device)
+            logits = model(inputs)[:, len(head) - 1 :].float()
+            log_p |= zip(part, logits.log_softmax(-1).cpu(), strict=True)
+    ends = [torch.tensor(row[len(head) :]) for row in rows]
+    return torch.stack(
+        [-log_p[tuple(row[:-1])][range(len(end)), end].sum() for row, end in zip(rows, ends, strict=True)]
+    )
 
 
 @torch.no_grad()
@@ -159,9 +178,6 @@ def document_losses(model: nn.Module, rows: Sequence[Sequence[int]], batch_size:
     return found
 
 
-from sklearn.metrics import roc_auc_score, roc_curve
-
-
 @dataclass(frozen=True)
 class Membership:
     """How well scores tell members from others: the curve of false and true alarms, and the area under it."""
@@ -178,7 +194,11 @@ class Membership:
 
 
 def membership(
-    members: Sequence[float] | Tensor, others: Sequence[float] | Tensor, *, n_resamples: int = 500, seed: int = 0
+    members: Sequence[float] | Tensor,
+    others: Sequence[float] | Tensor,
+    *,
+    n_resamples: int = 500,
+    seed: int = 0,
 ) -> Membership:
     """Judge an attack by its scores of documents that were trained on, and of others of the same kind.
 
@@ -204,9 +224,6 @@ def membership(
     interval = (float(np.quantile(areas, 0.025)), float(np.quantile(areas, 0.975)))
     return Membership(false, true, float(roc_auc_score(truth, scores)), interval)
 
-
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RowLoss = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Tensor]
 
@@ -257,9 +274,6 @@ def add_noise(
     if scale == 0:
         return dict(sums)
     return {name: s + scale * torch.randn(s.shape, generator=generator) for name, s in sums.items()}
-
-
-from torch.optim import Optimizer
 
 
 def train_privately(
@@ -339,4 +353,5 @@ def privacy_spent(noise_multiplier: float, sample_rate: float, n_steps: int, del
 
     accountant = PRVAccountant()
     accountant.history = [(noise_multiplier, sample_rate, whole_number("n_steps", n_steps))]
-    return float(accountant.get_epsilon(delta))
+    with np.errstate(divide="ignore"):  # a logarithm of 0 on the way, where every row takes part
+        return float(accountant.get_epsilon(delta))

@@ -14,8 +14,8 @@ from shared.model.gpt import GPTConfig, GPTModel
 from shared.safety.memorization import (
     Canary,
     add_noise,
-    candidate_losses,
     canary_exposures,
+    candidate_losses,
     chance_exposure,
     clip_rows,
     document_losses,
@@ -248,7 +248,13 @@ def test_one_row_moves_the_sum_by_no_more_than_the_norm(small, rows):
     ],
 )
 def test_bad_private_training(small, rows, change, message):
-    options = {"rows": rows, "n_steps": 1, "sample_rate": 0.5, "max_norm": 1.0, "noise_multiplier": 1.0} | change
+    options = {
+        "rows": rows,
+        "n_steps": 1,
+        "sample_rate": 0.5,
+        "max_norm": 1.0,
+        "noise_multiplier": 1.0,
+    } | change
     optimizer = torch.optim.SGD(small.parameters(), lr=0.0)
     with pytest.raises(ValueError, match=message):
         train_privately(small, options.pop("rows"), optimizer, **options)

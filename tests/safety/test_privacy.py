@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import string
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -13,15 +14,14 @@ from scipy.stats import binomtest
 from shared.safety.privacy import (
     FINDERS,
     Finding,
-    count_findings,
     find_personal_data,
     iban_remainder,
     is_resident_id,
     is_ssn,
     luhn,
     redact,
-    wilson_interval,
 )
+from shared.safety.privacy_scores import count_findings, wilson_interval
 
 
 def found(text: str) -> list[tuple[str, str]]:
@@ -108,11 +108,37 @@ def test_luhn_finds_every_wrong_digit(digits, data):
 def test_findings_are_ordered_apart_and_inside(text):
     findings = find_personal_data(text)
     assert all(0 <= f.start < f.end <= len(text) and f.kind in FINDERS for f in findings)
-    assert all(one.end <= other.start for one, other in zip(findings, findings[1:], strict=False))
+    assert all(one.end <= other.start for one, other in pairwise(findings))
 
 
-HOSTILE = ["1", "a", "1 ", "+1-", "@", "a@a.", ":", "a1:", "1.", "A1 ", "12 Elm ", "DE12 ab ", "01-", "(0", "\0"]
-HOSTILE += ["幸", "a (at) a (dot) ", "Am Am ", "phone ", "a at a dot ", "1 A, ", " ", "a@b.example ", "A" * 60 + " "]
+HOSTILE = [
+    "1",
+    "a",
+    "1 ",
+    "+1-",
+    "@",
+    "a@a.",
+    ":",
+    "a1:",
+    "1.",
+    "A1 ",
+    "12 Elm ",
+    "DE12 ab ",
+    "01-",
+    "(0",
+    "\0",
+]
+HOSTILE += [
+    "幸",
+    "a (at) a (dot) ",
+    "Am Am ",
+    "phone ",
+    "a at a dot ",
+    "1 A, ",
+    " ",
+    "a@b.example ",
+    "A" * 60 + " ",
+]
 
 
 @pytest.mark.parametrize("unit", HOSTILE)
@@ -142,7 +168,11 @@ def test_redaction():
     key = b"0123456789abcdef"
     named = redact(text, key=key).split()
     digest = hmac.new(key, b"email:a@b.example", hashlib.sha256).hexdigest()[:10]
-    assert named[1] == f"[EMAIL-{digest}]" and named[3].rstrip(",") == named[1] and named[5].rstrip(";") != named[1]
+    assert (
+        named[1] == f"[EMAIL-{digest}]"
+        and named[3].rstrip(",") == named[1]
+        and named[5].rstrip(";") != named[1]
+    )
     assert redact(text, key=b"another key of 16") != redact(text, key=key)
     assert find_personal_data(redact(text)) == [] and redact("nothing here") == "nothing here"
     with pytest.raises(ValueError, match="key must be at least 16 bytes, got '3 bytes'"):
@@ -156,7 +186,9 @@ def test_two_spellings_of_one_number_have_one_pseudonym():
 
 def test_counts_by_hand():
     lines = [("a@b.example", [(0, 11, "email")]), ("x c@d.example", [(3, 13, "email")]), ("1", [])]
-    counts = count_findings(lines, lambda text: [Finding(0, 1, "ip")] if text == "1" else find_personal_data(text))
+    counts = count_findings(
+        lines, lambda text: [Finding(0, 1, "ip")] if text == "1" else find_personal_data(text)
+    )
     assert counts == {"all": (1, 3, 2), "email": (1, 2, 2), "ip": (0, 1, 0)}
 
 
