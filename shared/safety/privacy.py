@@ -224,7 +224,7 @@ def find_phones(text: str) -> Iterator[tuple[int, int]]:
                 r"[^\d+]", "", re.sub(r"(?i)(?:ext|x|poste).*", "", match.group()).replace("(0)", "")
             )
             most = next((n for code, n in LONGEST.items() if number.startswith(code)), 16)
-            if DATE.match(match.group()) or not 9 <= len(number.removeprefix("+")):
+            if DATE.match(match.group()) or len(number.removeprefix("+")) < 9:
                 continue
             if len(number.removeprefix("+")) <= most:
                 yield match.span()
