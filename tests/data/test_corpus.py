@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -212,7 +213,7 @@ def test_personal_data():
     for line in lines:
         places = sorted(line.spans)
         assert all(0 <= start < end <= len(line.text) for start, end, _ in places)
-        assert all(one[1] <= other[0] for one, other in zip(places, places[1:], strict=False))
+        assert all(one[1] <= other[0] for one, other in pairwise(places))
         assert (line.kind == "none") == (not line.spans)
     with pytest.raises(ValueError, match="split must be one of development, test"):
         load_personal_data("train")
