@@ -316,7 +316,7 @@ def find_personal_data(text: str, kinds: Iterable[str] | None = None) -> list[Fi
     for kind, find in FINDERS.items():
         if kind not in wanted:
             continue
-        taken = []
+        taken: list[Finding] = []
         for start, end in sorted(find(text), key=lambda span: (span[0], -span[1])):
             if not taken or start >= taken[-1].end:
                 taken.append(Finding(start, end, kind))
