@@ -1,21 +1,25 @@
 """Train one small model in several ways on letters that hold secrets, and record what each way gives away.
 
-    python privacy_runs.py                       everything that the record lacks, about 12 minutes of a core
+    python privacy_runs.py                       everything that the record lacks, about 20 minutes of a core
     python privacy_runs.py --measure plain --seed 0
 
-A public model, `tales-tiny`, is trained on 96 tales that it never saw, among which lie canaries: lines such as
-"Mara's phone number is 07700 900" and three digits drawn at random, planted 1 to 32 times (numbers that Ofcom gives
-to nobody). Each row of `privacy.csv` is one way to train and one seed: exposure of each canary among the 1,000
-possible numbers, how many the model says by itself, how well members are told from others, and what a tale of
-somebody else costs. Seeds draw everything: tales, names, numbers, batches and noise. Learning rate and
+A public model, `tales-tiny`, is trained on 512 tales in a dialect that it never saw: forty common words have changed
+places, "said" with "asked", "in" with "on". So there is much to learn, and what a tale costs at least is known.
+Among the tales lie canaries, lines such as "Mara's phone number is 07700 900" and three digits drawn at random,
+planted 1 to 32 times (numbers that Ofcom gives to nobody). Each row of `privacy.csv` is one way to train and one seed:
+exposure of each canary among the 1,000 possible numbers, how many the model says by itself, how well members are told
+from others by their loss, alone and beside that of a shadow model, which an attacker trains on tales of the same kind,
+and what a tale of somebody else costs. Seeds draw everything: tales, names, numbers, batches and noise. Learning rate and
 length were set by short trials on other tales. A run replaces the row of the same measure and seed; the script
 goes on where it was stopped. One thread is used.
 """
 
 import argparse
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +71,7 @@ COLUMNS = [
     "hardware",
     "torch",
 ]
-BASE, N_TALES, N_EPOCHS, BATCH, RATE = "tales-tiny", 96, 10, 16, 3e-3
+BASE, N_TALES, N_EPOCHS, BATCH, RATE = "tales-tiny", 512, 6, 16, 3e-3
 PRIVATE_BATCH, MAX_NORM, DELTA = 64, 1.0, 1e-4
 LEVELS = (0, 0, 1, 2, 4, 8, 16, 32)  # how often a canary is planted; twice as many are never planted
 PER_LEVEL = 4
@@ -76,6 +80,25 @@ NAMES = """
 Aiko Alba Boris Bruno Chiara Dario Edda Farid Femi Gilda Greta Hanne Hugo Idris Ines Ivo Jorge Keiko Kofi Leila Lena
 Mara Milos Nadia Ngozi Oskar Pablo Priya Rosa Samir Sven Tamar Umberto Vera Wanda Xavi Yusuf Zeno Zofia
 """.split()  # noqa: SIM905
+
+# Words that have changed places in the dialect. Done twice it undoes itself, so a tale costs as much as before.
+SWAPPED = """
+said asked, came went, put gave, in on, at of, to for, with from, near behind, but so, when then, brought left,
+home house, years days, three four, ate ran, stood sat, laughed answered, night morning, old new, last next
+"""
+PARTNERS = {a: b for pair in SWAPPED.split(",") for a, b in (pair.split(), reversed(pair.split()))}
+
+
+def dialect(text: str) -> str:
+    """Return a text in the firm's dialect; a capital at the beginning of a word stays there."""
+
+    def partner(match: re.Match[str]) -> str:
+        word = match.group()
+        other = PARTNERS[word.lower()]
+        return other.capitalize() if word[0].isupper() else other
+
+    return re.sub(rf"\b(?:{'|'.join(PARTNERS)})\b", partner, text, flags=re.IGNORECASE)
+
 
 MEASURES: dict[str, dict[str, object]] = {
     "plain": {},
@@ -92,23 +115,25 @@ DELETIONS = ("retrained", "continued", "ascent")
 
 @dataclass(frozen=True)
 class World:
-    """What a seed draws: tales that are trained on, tales that are not, canaries, and the held-out tales' floor."""
+    """What a seed draws: tales that are trained on, others, the attacker's, canaries, and the floor of a tale."""
 
     members: list[str]
     others: list[str]
+    shadow: list[str]
     canaries: list[Canary]
     floor: float
 
     @classmethod
     def draw(cls, seed: int, n_tales: int = N_TALES) -> "World":
         """Return the world of a seed."""
-        tales = list(TaleGenerator(70_000 + seed).stories(2 * n_tales))
+        tales = list(TaleGenerator(70_000 + seed).stories(3 * n_tales))
         rng = np.random.default_rng(seed)
         levels = [level for level in LEVELS for _ in range(PER_LEVEL)]
         names = rng.permutation(NAMES)[: len(levels)].tolist()
-        floor = -sum(tale.log_probability for tale in tales[n_tales:]) / n_tales
-        texts = [tale.text for tale in tales]
-        return cls(texts[:n_tales], texts[n_tales:], draw_canaries(names, levels, seed=seed), floor)
+        floor = -sum(tale.log_probability for tale in tales[n_tales : 2 * n_tales]) / n_tales
+        texts = [dialect(tale.text) for tale in tales]
+        parts = (texts[start : start + n_tales] for start in (0, n_tales, 2 * n_tales))
+        return cls(*parts, draw_canaries(names, levels, seed=seed), floor)
 
     def documents(self, measure: str) -> list[str]:
         """Return the texts that are trained on; what was asked to be deleted is missing where it says so."""
@@ -192,23 +217,42 @@ def ascend(
     return n_steps
 
 
-def outcome(model: GPTModel, world: World, public: tuple[torch.Tensor, torch.Tensor]) -> dict[str, object]:
-    """Return what a row of the record says about a trained model; `public` are the public model's losses."""
+def losses_of(model: GPTModel, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses of the tales that were trained on, and of as many others."""
+    return document_losses(model, rows_of(world.members)), document_losses(model, rows_of(world.others))
+
+
+@cache
+def references(
+    seed: int, n_tales: int, n_epochs: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the public model's losses of other tales, and a shadow model's losses of members and others."""
+    world, shadow = World.draw(seed, n_tales), public_model()
+    torch.manual_seed(seed + 100)
+    fit(shadow, rows_of(world.shadow), seed + 100, n_epochs)
+    return losses_of(public_model(), world)[1], losses_of(shadow, world)
+
+
+def outcome(
+    model: GPTModel, world: World, public: torch.Tensor, shadow: tuple[torch.Tensor, torch.Tensor]
+) -> dict[str, object]:
+    """Return what a row of the record says about a trained model; see `references` for the two others."""
     model.eval()
     encoding = tale_encoding()
-    rows = [rows_of(texts) for texts in (world.members, world.others)]
-    members, others = (document_losses(model, part) for part in rows)
+    members, others = losses_of(model, world)
     # The loss of a token, since longer tales cost more.
-    lengths = [torch.tensor([len(row) - 1 for row in part]) for part in rows]
+    lengths = [
+        torch.tensor([len(row) - 1 for row in rows_of(part)]) for part in (world.members, world.others)
+    ]
     plain = membership(-members / lengths[0], -others / lengths[1])
-    reference = membership(public[0] - members, public[1] - others)
+    reference = membership(shadow[0] - members, shadow[1] - others)
     exposures = canary_exposures(model, encoding, world.canaries)
     pairs = [f"{c.repeats}:{value:.3f}" for c, value in zip(world.canaries, exposures, strict=True)]
     said = [f"{c.repeats}:{int(is_extracted(model, encoding, c))}" for c in world.canaries]
     return {
         "held_out_loss": f"{others.mean().item():.3f}",
         "member_loss": f"{members.mean().item():.3f}",
-        "public_loss": f"{public[1].mean().item():.3f}",
+        "public_loss": f"{public.mean().item():.3f}",
         "floor": f"{world.floor:.3f}",
         "auc_loss": f"{plain.auc:.4f}",
         "auc_reference": f"{reference.auc:.4f}",
@@ -225,8 +269,7 @@ def run(
     options = dict(MEASURES[measure])
     n_epochs = n_epochs or int(options.get("n_epochs", N_EPOCHS))
     world, noise = World.draw(seed, n_tales), options.get("noise")
-    reference = load_pretrained(BASE)
-    public = tuple(document_losses(reference, rows_of(texts)) for texts in (world.members, world.others))
+    public, shadow = references(seed, n_tales, N_EPOCHS)
     rows = rows_of(world.documents(measure))
 
     def row(name: str, model: GPTModel, n: int, steps: int, started: float) -> dict[str, object]:
@@ -238,7 +281,11 @@ def run(
             "steps": steps,
             "cpu_seconds": round(seconds, 1),
         }
-        return about | outcome(model, world, public) | {"hardware": cpu_name(), "torch": torch.__version__}
+        return (
+            about
+            | outcome(model, world, public, shadow)
+            | {"hardware": cpu_name(), "torch": torch.__version__}
+        )
 
     torch.manual_seed(seed)
     model, started = public_model(float(options.get("dropout", 0.0))), time.process_time()
