@@ -5,10 +5,11 @@
 
 `tales-3m` is tuned on the lessons of `ch07_instruction/tune_instructions.py`, with its batches, steps and scores: exact
 matches in six families of questions and one held out, and the loss on stories in nats a story. With LoRA every linear
-map of the blocks has an adapter, and the embedding's two new rows are trained as there.
+map of the blocks has an adapter, and the embedding's two new rows are trained as there. They are also trained beside
+the last block and beside the head alone, which is untied from the embedding first.
 
 Each run has 300 steps, where chapter 7 has 1,000: on one core of a processor 6 to 13 minutes in full, 8 to 18 with
-adapters. Each method's learning rate is chosen on another seed's lessons and tasks (role "choice", on a GPU).
+adapters. Each method's learning rate is chosen on another seed's lessons and tasks (role "choice", mostly on a GPU).
 The tasks of the test come from a seed that nothing was trained or chosen on. `lora_instructions.csv` has a row for each
 run and family.
 """
@@ -20,9 +21,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from shared.finetuning.instruction import answer_loss, chat_batches, encode_conversations, tune
 from shared.finetuning.lora import attach_lora
+from shared.model.gpt import GPTModel
 from shared.notebook.records import load_script, read_rows, replace_rows
 from shared.pretraining.processes import cpu_name
 from shared.tales.encoding import tale_encoding
@@ -36,12 +39,14 @@ chapter_7 = load_script(SCRIPT)
 SEEDS, CHOICE_SEED, TEST_SEED = (1, 2, 3), 9, 7100
 N_STEPS, N_TEST, N_CHOICE_TEST = 300, 200, 50
 
-# Method -> (rank, or None for full fine-tuning; rates to choose from).
-METHODS: dict[str, tuple[int | None, tuple[float, ...]]] = {
-    "full": (None, (1e-3, 3e-3)),
+# Method -> (what is trained: everything, an adapter of that rank, or a part; rates to choose from).
+METHODS: dict[str, tuple[str | int, tuple[float, ...]]] = {
+    "full": ("all", (1e-3, 3e-3)),
     "LoRA, rank 16": (16, (3e-3, 1e-2, 2e-2)),
     "LoRA, rank 64": (64, (3e-3, 1e-2, 2e-2)),
     "LoRA, rank 4": (4, (3e-3, 1e-2, 2e-2)),
+    "last block": ("last block", (1e-3, 3e-3, 1e-2)),
+    "head": ("head", (1e-3, 3e-3, 1e-2)),
 }
 COLUMNS = ["method", "role", "learning_rate", "seed", "steps", "trained", "minutes"]
 COLUMNS += ["family", "n", "correct", "loss", "hardware", "torch"]
@@ -51,6 +56,20 @@ Job = tuple[str, str, float, int]  # method, role, learning rate, seed
 def key(row: dict[str, object]) -> tuple[str, ...]:
     """What tells runs apart."""
     return tuple(str(row[name]) for name in ("method", "role", "learning_rate", "seed"))
+
+
+def choose_trained(model: GPTModel, part: str | int) -> None:
+    """Let only that part of the model learn (see `METHODS`), and the token embedding, whose old rows `tune` freezes."""
+    if isinstance(part, int):
+        attach_lora(model, "all-linear", rank=part, alpha=16.0)
+    elif part != "all":
+        model.requires_grad_(False)
+    if part == "last block":
+        model.blocks[-1].requires_grad_(True)
+        model.final_norm.requires_grad_(True)
+    elif part == "head":  # tied to the embedding it could not learn alone
+        model.output_head.weight = nn.Parameter(model.output_head.weight.detach().clone())
+    model.token_embedding.weight.requires_grad_(True)
 
 
 def run(
@@ -66,18 +85,15 @@ def run(
     """Tune one model and return its rows of the record."""
     torch.set_num_threads(1)
     started, is_choice = time.monotonic(), role == "choice"
-    rank, _ = METHODS[method]
     n_steps = n_steps or N_STEPS
     taught = chapter_7.lessons(seed, n_steps * chapter_7.BATCH_SIZE)
     examples, _ = encode_conversations(
         chapter_7.FORMAT, chapter_7.TOKENIZER, taught, context_length=chapter_7.CONTEXT_LENGTH
     )
-    # The model, with an adapter or as it is; the new rows of the embedding are trained in any case.
+    # The new rows of the embedding are trained in any case.
     model = chapter_7.untuned().to(device)
     torch.manual_seed(seed)
-    if rank is not None:
-        attach_lora(model, "all-linear", rank=rank, alpha=16.0)
-        model.token_embedding.weight.requires_grad_(True)
+    choose_trained(model, METHODS[method][0])
     n_old, width = tale_encoding().n_vocab, model.config.emb_dim
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - n_old * width
     tune(

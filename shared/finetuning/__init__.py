@@ -5,6 +5,8 @@
 - `encoders`: a BERT with a classification head.
 - `embeddings`: texts to vectors whose direction is their meaning.
 - `retrieval`: search in texts, by meaning and by words.
+- `contrastive`: pairs that shall find each other: cosines, their factor, CLIP's loss.
+- `clip`: CLIP, an image encoder and a text encoder that meet in one space.
 - `classification`: texts to labels with probabilities; the course's spam filter.
 - `conversations`: what to learn from: checked, read from JSONL, compared with the test set.
 - `instruction`: from continuing a text to answering: new tokens, labels, batches, tuning, replies.
