@@ -1,6 +1,6 @@
 """Train one small model in several ways on letters that hold secrets, and record what each way gives away.
 
-    python privacy_runs.py                       everything that the record lacks, about 20 minutes of a core
+    python privacy_runs.py                       everything that the record lacks, about half an hour of a core
     python privacy_runs.py --measure plain --seed 0
 
 A public model, `tales-tiny`, is trained on 512 tales in a dialect that it never saw: forty common words have changed
@@ -9,9 +9,9 @@ Among the tales lie canaries, lines such as "Mara's phone number is 07700 900" a
 planted 1 to 32 times (numbers that Ofcom gives to nobody). Each row of `privacy.csv` is one way to train and one seed:
 exposure of each canary among the 1,000 possible numbers, how many the model says by itself, how well members are told
 from others by their loss, alone and beside that of a shadow model, which an attacker trains on tales of the same kind,
-and what a tale of somebody else costs. Seeds draw everything: tales, names, numbers, batches and noise. Learning rate and
-length were set by short trials on other tales. A run replaces the row of the same measure and seed; the script
-goes on where it was stopped. One thread is used.
+and what a tale of somebody else costs. Seeds draw everything: tales, names, numbers, batches and noise. Learning rate
+and length were set by short trials on other tales. A run replaces the row of the same measure and seed; the script goes
+on where it was stopped. One thread is used.
 """
 
 import argparse
