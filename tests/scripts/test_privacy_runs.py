@@ -24,6 +24,15 @@ def test_a_world_is_what_its_seed_says(world):
     ]
 
 
+def test_the_dialect_undoes_itself_and_swaps_what_it_says():
+    partners = privacy_runs.PARTNERS
+    assert len(partners) == 40 and all(partners[partners[word]] == word != partners[word] for word in partners)
+    assert privacy_runs.dialect("In Rome she said so; saidly, SAID") == "On Rome she asked but; saidly, Asked"
+    for tale in privacy_runs.TaleGenerator(5).stories(20):
+        other = privacy_runs.dialect(tale.text)
+        assert other != tale.text == privacy_runs.dialect(other)
+
+
 def test_what_each_measure_trains_on(world):
     plain, single = world.documents("plain"), world.documents("deduplicated")
     assert len(plain) == 8 + 4 * 63 and sorted(single) == sorted(set(plain))
