@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -11,6 +12,7 @@ from shared.data.corpus import (
     SPLITS,
     load_instructions,
     load_languages,
+    load_personal_data,
     load_questions,
     load_reviews,
     load_sms,
@@ -25,6 +27,7 @@ TEXT_FILES = (
     "instructions.json",
     "questions.json",
     "languages.tsv",
+    "pii_lines.jsonl",
     "tales_grammar.txt",
 )
 
@@ -196,3 +199,21 @@ def test_unknown_language_is_an_error():
 def test_unknown_category_is_an_error():
     with pytest.raises(ValueError, match=r"category must be one of animals and plants, .* got 'sport'"):
         load_questions("sport")
+
+
+def test_personal_data():
+    halves = {split: load_personal_data(split) for split in ("development", "test")}
+    lines = [line for half in halves.values() for line in half]
+    assert len(lines) >= 300 and len({line.text for line in lines}) == len(lines)
+    assert {line.origin for line in lines} == {"written", "generated"}
+    kinds = {"email", "iban", "id", "card", "ip", "address", "phone"}
+    for half in halves.values():
+        assert {kind for line in half for _, _, kind in line.spans} == kinds
+        assert sum(not line.spans for line in half) > len(half) / 3
+    for line in lines:
+        places = sorted(line.spans)
+        assert all(0 <= start < end <= len(line.text) for start, end, _ in places)
+        assert all(one[1] <= other[0] for one, other in pairwise(places))
+        assert (line.kind == "none") == (not line.spans)
+    with pytest.raises(ValueError, match="split must be one of development, test"):
+        load_personal_data("train")
