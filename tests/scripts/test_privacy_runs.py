@@ -26,7 +26,9 @@ def test_a_world_is_what_its_seed_says(world):
 
 def test_the_dialect_undoes_itself_and_swaps_what_it_says():
     partners = privacy_runs.PARTNERS
-    assert len(partners) == 40 and all(partners[partners[word]] == word != partners[word] for word in partners)
+    assert len(partners) == 40 and all(
+        partners[partners[word]] == word != partners[word] for word in partners
+    )
     assert privacy_runs.dialect("In Rome she said so; saidly, SAID") == "On Rome she asked but; saidly, Asked"
     for tale in privacy_runs.TaleGenerator(5).stories(20):
         other = privacy_runs.dialect(tale.text)
