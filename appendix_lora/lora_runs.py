@@ -12,8 +12,8 @@ before) before and after the training.
 First each method's learning rate is chosen: by the answers on folds of another seed (role "choice"); of equally good
 ones the smallest is taken. These runs were made on a GPU, and the record holds how many answers were right, not which.
 Then come seeds 0, 1 and 2 with the chosen rate (role "folds"), on one core of a processor, a minute or two each. Full
-fine-tuning, the last block and the head alone are in chapter 6's record; full fine-tuning is repeated here on some
-folds for its loss on stories.
+fine-tuning and the head alone are in chapter 6's record; full fine-tuning is repeated here on some folds for its loss
+on stories.
 """
 
 import argparse
@@ -169,8 +169,7 @@ def jobs(methods: list[str], seeds: list[int], numbers: list[int]) -> list[Job]:
 def recorded(data: Any) -> dict[str, dict[tuple[int, int], tuple[bool, bool]]]:
     """Return by method, seed and message whether the method was right, and whether full fine-tuning was.
 
-    Full fine-tuning, as well as the head and the last block alone, are those of chapter 6's record, where the folds are
-    the same.
+    Full fine-tuning and the head alone are those of chapter 6's record, where the folds are the same.
     """
     places = np.flatnonzero(data.splits != "test")  # chapter 6's rows hold one mark for each of these
     chapter = {
@@ -179,7 +178,7 @@ def recorded(data: Any) -> dict[str, dict[tuple[int, int], tuple[bool, bool]]]:
         if (row["data"], row["role"], row["detail"]) == ("bundled", "folds", "")
     }
     found: dict[str, dict[tuple[int, int], tuple[bool, bool]]] = {}
-    for method, name in {"full": "small", "last block": "small, last block", "head": "small, head"}.items():
+    for method, name in {"full": "small", "head": "small, head"}.items():
         for seed in SEEDS:
             for place, mark in chapter.get((name, seed), {}).items():
                 found.setdefault(method, {})[seed, place] = mark == "1", chapter["small", seed][place] == "1"

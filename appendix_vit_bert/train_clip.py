@@ -28,6 +28,7 @@ from shared.notebook.records import read_rows, replace_rows
 from shared.pretraining.processes import cpu_name
 from shared.training.images import augment_images
 from shared.training.loop import train
+from shared.training.optimizers import build_optimizers
 from shared.training.schedules import build_schedule
 from shared.weights.vit import load_vit
 
@@ -134,22 +135,13 @@ def pair_loss(model: CLIPModel, inputs: tuple[Tensor, Tensor], labels: Tensor) -
     return len(labels) * contrastive_loss(model(*inputs), labels[:, None] == labels)
 
 
-def decayed_and_spared(model: CLIPModel) -> list[dict[str, object]]:
-    """Return groups for an optimizer: as in the paper, gains, biases and the learned factor are spared the decay."""
-    spared = [p for p in model.parameters() if p.dim() < 2]
-    return [
-        {"params": [p for p in model.parameters() if p.dim() >= 2]},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-
-
 def fit(held_out: Tensor, seed: int, n_steps: int) -> CLIPModel:
     """Return a trained pair of encoders."""
     model = new_clip(seed)
     train(
         model,
         pairs(load_digit_images("train"), held_out, BATCH, seed),
-        torch.optim.AdamW(decayed_and_spared(model), lr=RATE, weight_decay=DECAY),
+        build_optimizers(model, "adamw", RATE, weight_decay=DECAY, betas=(0.9, 0.999)),
         n_steps=n_steps,
         loss=pair_loss,
         schedule=build_schedule("cosine", n_steps, min(40, n_steps // 2)),

@@ -110,6 +110,20 @@ class FilterLesson:
     text: str
 
 
+@dataclass(frozen=True)
+class LabeledSpans:
+    """One line, the places of personal data in it as (start, end, kind), and where the line comes from.
+
+    `origin` is "written" by hand or "generated" from patterns; `kind` is `plain`, `hard` or `none`.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int, str], ...]
+    origin: str
+    kind: str
+    split: str
+
+
 def stories_text() -> str:
     """Return the whole of `stories.txt` as one string (about 100 KB, UTF-8 text with LF line ends)."""
     return (DATA / "stories.txt").read_text(encoding="utf-8")
@@ -141,6 +155,20 @@ def load_instructions(split: str | None = None) -> list[Instruction]:
     """Return instruction entries of one split, or all of them."""
     entries = json.loads((DATA / "instructions.json").read_text(encoding="utf-8"))
     return _of_split([Instruction(**entry) for entry in entries], split)
+
+
+def load_personal_data(split: str) -> list[LabeledSpans]:
+    """Return the lines in which personal data is labelled: `development`, for writing rules, or `test`, to judge them.
+
+    No datum in them is a real person's.
+    """
+    check_choice("split", split, ("development", "test"))
+    lines = (DATA / "pii_lines.jsonl").read_text(encoding="utf-8").splitlines()
+    found = []
+    for entry in map(json.loads, lines):
+        spans = tuple((start, end, kind) for start, end, kind in entry["spans"])
+        found.append(LabeledSpans(**{**entry, "spans": spans}))
+    return [line for line in found if line.split == split]
 
 
 def load_questions(category: str | None = None) -> list[Question]:

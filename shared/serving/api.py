@@ -20,9 +20,11 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from shared.checks import check_choice
 from shared.serving.errors import ApiError, not_found, on_api_error, on_http_error, on_invalid, unsupported
 from shared.serving.gate import Gate
 from shared.serving.limits import BodyGuard
+from shared.serving.logs import LOG_TEXTS, shown_texts
 from shared.serving.replies import Deadline, EventStream, ReplyForm, attended, collect, events_of, usage_of
 from shared.serving.schemas import (
     ChatCompletion,
@@ -128,7 +130,7 @@ def create_app(
     *,
     hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
-    log_texts: bool = False,
+    log_texts: str = "none",
 ) -> FastAPI:
     """Return the application.
 
@@ -137,7 +139,7 @@ def create_app(
         keys: Who may call; None is everybody.
         hosts: Names under which it may be asked; none means any.
         origins: Web pages of these origins may read replies; by default none may.
-        log_texts: Write prompts and replies into the log.
+        log_texts: What of prompts and replies goes into the log, see `logs.LOG_TEXTS`.
     """
     app = FastAPI(
         title="llm serve",
@@ -145,6 +147,7 @@ def create_app(
         description="A small language model behind OpenAI's protocol.",
         redoc_url=None,
     )
+    check_choice("log_texts", log_texts, LOG_TEXTS)
     app.state.service, app.state.log_texts = service, log_texts
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
@@ -251,7 +254,7 @@ async def chat(request: Request, body: ChatRequest, seconds: Seconds = None) -> 
         default_max=None,
         n_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    shown = [message.model_dump() for message in body.messages] if request.app.state.log_texts else None
+    shown = [message.model_dump() for message in body.messages]
     return await write(request, body, jobs, True, bool(body.logprobs), seconds, shown)
 
 
@@ -278,8 +281,7 @@ async def write(
     deadline, note = deadline_of(request, seconds), request.state.note
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     form = ReplyForm.new(is_chat, service.name, logprobs, with_usage)
-    if request.app.state.log_texts:
-        note(prompt=prompt)
+    note(prompt=shown_texts(prompt, request.app.state.log_texts))
 
     def end(how: str) -> None:
         service.worker.cancel(jobs)
@@ -295,8 +297,7 @@ async def write(
         how = "done"
     finally:
         end(how)
-    if request.app.state.log_texts:
-        note(reply=[piece.text for piece in pieces])
+    note(reply=shown_texts([piece.text for piece in pieces], request.app.state.log_texts))
     return JSONResponse(form.whole(pieces, usage_of(jobs)))
 
 

@@ -77,8 +77,12 @@ def serve(
     ] = 60.0,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
     log_texts: Annotated[
-        bool, typer.Option("--log-texts", help="Write prompts and replies into the log: personal data.")
-    ] = False,
+        str,
+        typer.Option(
+            "--log-texts",
+            help="Prompts and replies in the log: none, redacted (of mails, phones, cards ...) or full.",
+        ),
+    ] = "none",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Take the tokenizer of this model instead.")
@@ -100,6 +104,8 @@ def serve(
     # What can be refused is refused before anything is loaded.
     if log_level not in ("debug", "info", "warning", "error"):
         raise Failure(f"--log-level must be debug, info, warning or error, got {log_level}")
+    if log_texts not in ("none", "redacted", "full"):
+        raise Failure(f"--log-texts must be none, redacted or full, got {log_texts}")
     hashes = None if api_keys is None else read_keys(api_keys)
     is_local = host in LOOPBACK
     if not is_local and hashes is None and not no_keys:

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -13,6 +14,7 @@ from shared.data.corpus import (
     load_filter_texts,
     load_instructions,
     load_languages,
+    load_personal_data,
     load_questions,
     load_reviews,
     load_sms,
@@ -28,6 +30,7 @@ TEXT_FILES = (
     "instructions.json",
     "questions.json",
     "languages.tsv",
+    "pii_lines.jsonl",
     "tales_grammar.txt",
     "unanswerable.json",
     "filter_lessons.tsv",
@@ -259,3 +262,19 @@ def test_questions_without_an_answer():
     assert len(load_unanswerable("invented")) == 20
     with pytest.raises(ValueError, match="kind"):
         load_unanswerable("silly")
+def test_personal_data():
+    halves = {split: load_personal_data(split) for split in ("development", "test")}
+    lines = [line for half in halves.values() for line in half]
+    assert len(lines) >= 300 and len({line.text for line in lines}) == len(lines)
+    assert {line.origin for line in lines} == {"written", "generated"}
+    kinds = {"email", "iban", "id", "card", "ip", "address", "phone"}
+    for half in halves.values():
+        assert {kind for line in half for _, _, kind in line.spans} == kinds
+        assert sum(not line.spans for line in half) > len(half) / 3
+    for line in lines:
+        places = sorted(line.spans)
+        assert all(0 <= start < end <= len(line.text) for start, end, _ in places)
+        assert all(one[1] <= other[0] for one, other in pairwise(places))
+        assert (line.kind == "none") == (not line.spans)
+    with pytest.raises(ValueError, match="split must be one of development, test"):
+        load_personal_data("train")

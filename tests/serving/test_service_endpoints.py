@@ -13,6 +13,8 @@ from shared.generation.conversation import Conversation
 from shared.generation.engine import generate
 from shared.generation.options import GenerationOptions
 from shared.generation.streaming import generate_text
+from shared.serving.api import create_app
+from shared.serving.logs import shown_texts
 from tests.serving.running import Running, events_of, running
 
 pytestmark = pytest.mark.service
@@ -370,10 +372,33 @@ def test_a_line_of_the_log_for_each_request_and_no_text_in_it(served, log_lines)
 
 
 def test_texts_in_the_log_where_that_was_asked_for(small, log_lines):
-    with running(small, log_texts=True) as served:
+    with running(small, log_texts="full") as served:
         reply = served.complete("the crow", max_tokens=3).json()["choices"][0]["text"]
     line = next(json.loads(line) for line in log_lines if "prompt_tokens" in line)
     assert line["prompt"] == "the crow" and line["reply"] == [reply]
+
+
+def test_texts_in_the_log_without_personal_data(small, log_lines):
+    with running(small, log_texts="redacted") as served:
+        served.complete("mail crow@example.org or 020 7946 0018", max_tokens=3)
+        served.chat("mail crow@example.org", max_tokens=3)
+        served.post("/v1/completions", prompt=[[1, 2, 3]], max_tokens=1)
+    lines = [json.loads(line) for line in log_lines if "prompt_tokens" in line]
+    assert [line["prompt"] for line in lines] == [
+        "mail [EMAIL] or [PHONE]",
+        [{"role": "user", "content": "mail [EMAIL]"}],
+        ["3 tokens"],
+    ]
+    assert "crow@" not in "".join(log_lines) and all("reply" in line for line in lines)
+
+
+def test_what_of_texts_goes_into_the_log():
+    deep = [{"content": "ring 020 7946 0018", "n": 2}, None]
+    assert shown_texts(deep, "none") is None and shown_texts(deep, "full") is deep
+    assert shown_texts(deep, "redacted") == [{"content": "ring [PHONE]", "n": 2}, None]
+    assert deep[0]["content"] == "ring 020 7946 0018"
+    with pytest.raises(ValueError, match="log_texts must be one of none, redacted, full, got True"):
+        create_app(None, log_texts=True)
 
 
 def test_pages_of_a_named_origin_may_ask(small):

@@ -96,6 +96,7 @@ def test_only_one_thread_has_helpers():
         (("tales-tiny", "--host", "0.0.0.0"), "other machines can call: give --api-keys FILE, or --no-keys"),
         (("tales-tiny", "--api-keys", "none.txt"), "none.txt"),
         (("tales-tiny", "--log-level", "loud"), "--log-level must be"),
+        (("tales-tiny", "--log-texts", "all"), "--log-texts must be"),
         (("nothing", "--port", "0"), "tales-1m"),
         (("tales-tiny", "--port", "0", "--classifier", "nothing"), "spam"),
         (("tales-tiny", "--port", "0", "--image-classifier", "nothing"), "one of digits-vit, or a folder"),

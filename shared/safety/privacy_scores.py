@@ -1,0 +1,45 @@
+"""How well personal data is found: findings counted against labels, and the interval of a share.
+
+Explained and proven in deployment/06_privacy.ipynb; written from there by `make promote`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from shared.checks import check_between, whole_number
+from shared.safety.privacy import Finding
+
+
+def wilson_interval(n_right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % interval of a share, n_right of n (Wilson, 1927): it stays within 0 and 1, and fits few cases.
+
+    Raises ValueError if n is below 1 or n_right is not between 0 and n.
+    """
+    whole_number("n", n)
+    check_between("n_right", n_right, 0, n)
+    share, spread = n_right / n, z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
+
+
+def count_findings(
+    lines: Sequence[tuple[str, Sequence[tuple[int, int, str]]]], find: Callable[[str], Iterable[Finding]]
+) -> dict[str, tuple[int, int, int]]:
+    """Count, for each kind and for "all", the findings that are right, all findings, and all that was to be found.
+
+    Right is what has exactly the place and the kind of a label: precision is the first number by the second, recall
+    the first by the third.
+
+    Args:
+        lines: Texts, each with its labels (start, end, kind).
+        find: Called with a text.
+    """
+    counts: dict[str, list[int]] = {}
+    for text, labels in lines:
+        wanted = {Finding(*label) for label in labels}
+        found = set(find(text))
+        for place, group in enumerate((wanted & found, found, wanted)):
+            for finding in group:
+                for kind in (finding.kind, "all"):
+                    counts.setdefault(kind, [0, 0, 0])[place] += 1
+    return {kind: (right, found, wanted) for kind, (right, found, wanted) in sorted(counts.items())}
