@@ -31,7 +31,6 @@ from safetensors.numpy import load_file, save_file
 
 from shared.checks import check_choice, require, whole_number
 from shared.data.corpus import DATA
-from shared.finetuning.lora_classifier import load_adapted_classifier
 from shared.safety.spelling import Speller
 from shared.weights.pretrained import CHECKPOINTS
 
@@ -296,6 +295,10 @@ def adapter_scorer(name_or_path: str | os.PathLike[str] = "filter-lora") -> Scor
         name_or_path: As for `shared.finetuning.lora_classifier.load_adapted_classifier`, where the errors stand too;
             one of its labels is "block".
     """
+    from shared.finetuning.lora_classifier import (
+        load_adapted_classifier,
+    )  # a second, for who wants a scorer only
+
     classifier = load_adapted_classifier(name_or_path)
     check_choice("block", "block", classifier.labels)
     place = classifier.labels.index("block")

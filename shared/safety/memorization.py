@@ -21,7 +21,6 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -211,6 +210,8 @@ def membership(
     Raises:
         ValueError: One side is empty, or a score is not a number.
     """
+    from sklearn.metrics import roc_auc_score, roc_curve  # two seconds, which the service should not wait
+
     sides = [np.asarray(side, dtype=np.float64) for side in (members, others)]
     for name, side in zip(("members", "others"), sides, strict=True):
         require(name, len(side), len(side) > 0 and bool(np.isfinite(side).all()), "at least one finite score")

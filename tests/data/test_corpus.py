@@ -262,6 +262,8 @@ def test_questions_without_an_answer():
     assert len(load_unanswerable("invented")) == 20
     with pytest.raises(ValueError, match="kind"):
         load_unanswerable("silly")
+
+
 def test_personal_data():
     halves = {split: load_personal_data(split) for split in ("development", "test")}
     lines = [line for half in halves.values() for line in half]
