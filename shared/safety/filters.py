@@ -314,8 +314,8 @@ class OutputGuard:
     """Lets a text that is being written pass piece by piece, until the filter blocks it.
 
     Before any character goes out, the filter has read it together with at least `hold` characters behind it, or the end
-    of the text, and with up to `window - hold` before it. So what is bad within `hold` characters goes out at most up
-    to the place where it began.
+    of the text, and with up to `window - hold` before it. So if `is_bad` finds a bad passage of up to `hold` characters
+    in whatever stands around it, that passage goes out at most up to the place where it begins.
 
     Args:
         is_bad: Says of a text whether it must not go out.
