@@ -1,25 +1,11 @@
-"""How well personal data is found: findings counted against labels, and the interval of a share.
+"""How well personal data is found: findings counted against labels.
 
 Explained and proven in deployment/06_privacy.ipynb; written from there by `make promote`.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
-from shared.checks import check_between, whole_number
 from shared.safety.privacy import Finding
-
-
-def wilson_interval(n_right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % interval of a share, n_right of n (Wilson, 1927): it stays within 0 and 1, and fits few cases.
-
-    Raises ValueError if n is below 1 or n_right is not between 0 and n.
-    """
-    whole_number("n", n)
-    check_between("n_right", n_right, 0, n)
-    share, spread = n_right / n, z * z / n
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
 
 
 def count_findings(

@@ -9,7 +9,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 from shared.safety.privacy import (
     FINDERS,
@@ -21,7 +20,7 @@ from shared.safety.privacy import (
     luhn,
     redact,
 )
-from shared.safety.privacy_scores import count_findings, wilson_interval
+from shared.safety.privacy_scores import count_findings
 
 
 def found(text: str) -> list[tuple[str, str]]:
@@ -190,14 +189,3 @@ def test_counts_by_hand():
         lines, lambda text: [Finding(0, 1, "ip")] if text == "1" else find_personal_data(text)
     )
     assert counts == {"all": (1, 3, 2), "email": (1, 2, 2), "ip": (0, 1, 0)}
-
-
-@pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (145, 150), (1, 3)])
-def test_wilson_equals_scipy(right, n):
-    expected = binomtest(right, n).proportion_ci(method="wilson")
-    assert wilson_interval(right, n) == pytest.approx(tuple(expected), abs=1e-4)
-
-
-def test_wilson_refuses_nonsense():
-    with pytest.raises(ValueError, match="n_right must be between 0 and 3"):
-        wilson_interval(4, 3)
