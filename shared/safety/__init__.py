@@ -5,19 +5,11 @@
 - `memorization`: what was learned by heart (canaries, exposure, membership), and training that bounds it (DP-SGD).
 - `privacy`: personal data in a text, found and covered.
 - `privacy_scores`: how well it is found, counted against labels.
+
+Names of `memorization` are imported from there: it needs the training, and whoever filters or redacts does not.
 """
 
 from shared.safety.filters import OutputGuard, adapter_scorer, load_filter
-from shared.safety.memorization import canary_exposures, membership, train_privately
 from shared.safety.privacy import find_personal_data, redact
 
-__all__ = [
-    "OutputGuard",
-    "adapter_scorer",
-    "canary_exposures",
-    "find_personal_data",
-    "load_filter",
-    "membership",
-    "redact",
-    "train_privately",
-]
+__all__ = ["OutputGuard", "adapter_scorer", "find_personal_data", "load_filter", "redact"]

@@ -1,7 +1,7 @@
 """ChatML: what a template writes, as transformers renders it; and that what people type stays text."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -72,6 +72,8 @@ def test_another_template_is_refused(template, message):
 @given(messages=messages_of)
 @settings(max_examples=100, deadline=None)
 def test_ids_are_those_of_the_written_text_where_nobody_types_special_tokens(messages):
+    # The generator takes words of the code itself, special tokens among them.
+    assume(not any(name in message["content"] for name in TOKENIZER.special_ids for message in messages))
     chat_format = ChatFormat("Be kind.")
     rendered = chat_format.render(messages)
     assert chat_format.encode(TOKENIZER, messages) == TOKENIZER.encode(rendered, allowed_special="all")
