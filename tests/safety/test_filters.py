@@ -3,6 +3,7 @@
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,10 +99,16 @@ def test_one_bad_sentence_in_a_long_text_counts(shipped):
 
 
 @pytest.mark.parametrize("unit", ["how to ", "you ", "write make ", "<<", "i will "])
-def test_the_time_for_100_000_characters_is_bounded(shipped, unit):
-    started = time.process_time()
-    shipped.check((unit * 100_000)[:100_000])
-    assert time.process_time() - started < 5
+def test_hostile_texts_cost_no_square(shipped, unit):
+    def seconds(n: int) -> float:
+        text, found = (unit * n)[:n], []
+        for _ in range(2):  # the least of two: other work on the machine only adds
+            started = time.process_time()
+            shipped.check(text)
+            found.append(time.process_time() - started)
+        return min(found)
+
+    assert seconds(40_000) < 10 * seconds(10_000) + 0.1
 
 
 def test_a_scorer_is_weighed_in():
@@ -162,11 +169,16 @@ def test_the_adapter_scores_as_the_record_says():
     rows = [row for row in read_rows(RECORD) if row["split"] == "fresh"]
     stronger = load_filter(scorer=adapter_scorer())
     differ = 0
-    for text, row in list(zip(load_filter_texts("fresh"), rows, strict=True))[::30]:
+    for text, row in list(zip(load_filter_texts("fresh"), rows, strict=True))[::60]:
         verdict = stronger.check(text.text)
         assert verdict.score == pytest.approx(float(row["filter+adapter score"]), abs=0.05)
         differ += verdict.blocked != (row["filter+adapter"] == "1")
     assert len(rows) == 540 and differ <= 1
+
+
+def test_a_scorer_needs_the_label_block(monkeypatch):
+    found = SimpleNamespace(labels=("ham", "spam"))
+    monkeypatch.setattr("shared.finetuning.lora_classifier.load_adapted_classifier", lambda name: found)
     with pytest.raises(ValueError, match="block"):
         adapter_scorer("spam-lora")
 

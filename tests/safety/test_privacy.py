@@ -142,14 +142,16 @@ HOSTILE += [
 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_hostile_texts_cost_no_square(unit):
-    seconds = []
-    for n in (25_000, 100_000):
-        text = (unit * (n // len(unit) + 1))[:n]
-        started = time.process_time()
-        find_personal_data(text)
-        seconds.append(time.process_time() - started)
+    def seconds(n: int) -> float:
+        text, found = (unit * (n // len(unit) + 1))[:n], []
+        for _ in range(3):  # the least of three: other work on the machine only adds
+            started = time.process_time()
+            find_personal_data(text)
+            found.append(time.process_time() - started)
+        return min(found)
+
     # Four times the text: four times the time, sixteen times if it were the square.
-    assert seconds[1] < 10 * seconds[0] + 0.1
+    assert seconds(100_000) < 10 * seconds(25_000) + 0.1
 
 
 def test_kinds_can_be_chosen():

@@ -92,21 +92,17 @@ def test_ordinary_texts_stay_as_they_are(speller):
     "unit",
     ["a", "a ", "k.i.l.l.", "1", "!l", "a\u0301", "e s a r e s t o ", "\u200b", "<", "kil ", "\U0001d458"],
 )
-def test_100_000_hostile_characters_take_about_a_second(speller, unit):
-    text = (unit * 100_000)[:100_000]
-    started = time.process_time()
-    speller.undisguise(text)
-    assert time.process_time() - started < 2.5  # a second on a quiet machine
-
-
-def test_the_time_grows_with_the_length_only(speller):
+def test_hostile_characters_cost_no_square(speller, unit):
     def seconds(n: int) -> float:
-        started = time.process_time()
-        speller.undisguise("e s a r e s t o " * n)
-        return time.process_time() - started
+        text, found = (unit * n)[:n], []
+        for _ in range(2):  # the least of two: other work on the machine only adds
+            started = time.process_time()
+            speller.undisguise(text)
+            found.append(time.process_time() - started)
+        return min(found)
 
-    seconds(100)
-    assert seconds(4000) < 12 * seconds(1000)
+    # Four times the text: four times the time, sixteen times if it were the square.
+    assert seconds(100_000) < 10 * seconds(25_000) + 0.1
 
 
 @pytest.mark.parametrize("counts", [{}, {"Hi": 1}, {"hi": 0}, {"two words": 1}])
