@@ -29,30 +29,21 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from shared.data.corpus import FilterText, load_filter_lessons, load_filter_texts
-from shared.finetuning.classification import fit_temperature
-from shared.finetuning.features import token_states, upper_part
-from shared.finetuning.lora import attach_lora
-from shared.finetuning.lora_classifier import (
-    AdaptedClassifier,
-    fit_adapter,
-    head_of_words,
-    prompted_rows,
-    upper_targets,
-)
-from shared.finetuning.tuning import label_logits
+from shared.finetuning.lora_classifier import train_lora_classifier
 from shared.notebook.records import load_script
 from shared.safety.filters import SHIPPED, SIGNALS, ContentFilter, adapter_scorer, readable, save_filter
 from shared.safety.spelling import Speller, count_words
-from shared.weights.pretrained import CHECKPOINTS, load_pretrained, load_tokenizer
+from shared.weights.pretrained import CHECKPOINTS
 
 HERE = Path(__file__).resolve().parent
 first = load_script(HERE / "train_filter.py")
 RESULTS = HERE / "filter_fresh.csv"
 
 ADAPTER, BASE = "filter-lora", "smollm2-135m-instruct"
-LABELS = ("allow", "block")
 PROMPT = ("Text: ", "\nShould a school's assistant allow or block this text? Answer:")
-N_FROZEN, RANK, RATE, N_EPOCHS, SEED = 16, 8, 1e-3, 4, 0  # as for the messages of the appendix on LoRA
+# As for the messages of the appendix on LoRA.
+N_FROZEN, RANK, RATE, HEAD_RATE, N_EPOCHS = 16, 8, 1e-3, 1e-5, 4
+SEED = 0
 
 
 def tune_adapter() -> None:
@@ -64,39 +55,24 @@ def tune_adapter() -> None:
     texts = [
         speller.undisguise(row.text) if draw.random() < 0.25 else row.text for row in (*lessons, *watched)
     ]
-    targets = [LABELS.index(row.label) for row in (*lessons, *watched)]
-    # What the frozen blocks make of each text, once.
-    body, encoding = load_pretrained(BASE, dtype=torch.float32).requires_grad_(False), load_tokenizer(BASE)
-    head = head_of_words(body, encoding, LABELS)
-    rows = prompted_rows(encoding, texts, PROMPT, body.config.context_length)
-    states = [torch.empty(0)] * len(rows)
-    for i, found in token_states(body, rows, N_FROZEN):
-        states[i] = found
-    # Adapter and head.
-    torch.manual_seed(SEED)
-    attach_lora(body, upper_targets(body, "all-linear", N_FROZEN), rank=RANK, alpha=float(RANK))
-    n = len(lessons)
-    classifier = fit_adapter(
-        upper_part(body, N_FROZEN),
-        (states[:n], targets[:n]),
-        (states[n:], targets[n:]),
-        len(LABELS),
+    n, labels = len(lessons), [row.label for row in watched]
+    made = train_lora_classifier(
+        texts[:n],
+        [row.label for row in lessons],
+        base=BASE,
+        prompt=PROMPT,
+        n_frozen=N_FROZEN,
+        rank=RANK,
         learning_rate=RATE,
-        head_learning_rate=1e-5,
+        head_learning_rate=HEAD_RATE,
         n_epochs=N_EPOCHS,
-        pooling="last",
-        head=head,
+        watched=(texts[n:], labels),
         seed=SEED,
     )
-    logits = label_logits(classifier, states[n:])
-    right = int((logits.argmax(1) == torch.tensor(targets[n:])).sum())
-    temperature = fit_temperature(logits, torch.tensor(targets[n:]))
-    made = AdaptedClassifier(
-        body.eval(), encoding, classifier.head, LABELS, BASE, "last", temperature, True, PROMPT
-    )
     minutes = (time.process_time() - started) / 60
+    right = sum(map(str.__eq__, made.predict(texts[n:]), labels))
     recipe = {"script": "deployment/second_filter.py", "seed": SEED, "minutes": round(minutes, 1)}
-    result = f"{right} of {len(watched)} of the training half of filter_texts.tsv"
+    result = f"{right} of {len(labels)} of the training half of filter_texts.tsv"
     made.save(CHECKPOINTS / ADAPTER, replace=True, dtype=torch.bfloat16, recipe=recipe, result=result)
     print(f"{minutes:.0f} minutes, {result}")
 

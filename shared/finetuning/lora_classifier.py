@@ -243,6 +243,27 @@ def open_classifier(name_or_path: str | os.PathLike[str]) -> TextClassifier:
     return load_classifier(name_or_path)
 
 
+def above_frozen(
+    body: GPTModel, rows: Sequence[Sequence[int]], n_frozen: int
+) -> tuple[list[Sequence[int] | Tensor], GPTModel]:
+    """Return what the first blocks make of each row, computed once, and the part of the body above them."""
+    inputs: list[Sequence[int] | Tensor] = list(rows)
+    if not n_frozen:
+        return inputs, body
+    for i, states in token_states(body, rows, n_frozen):
+        inputs[i] = states
+    return inputs, upper_part(body, n_frozen)
+
+
+def watched_fifth(numbers: Sequence[int], seed: int) -> set[int]:
+    """Return the places of a fifth of the rows of each label, drawn by `seed`."""
+    rng, found = np.random.default_rng(seed), set()
+    for label in range(max(numbers) + 1):
+        places = rng.permutation(np.flatnonzero(np.array(numbers) == label))
+        found |= set(places[: len(places) // 5].tolist())
+    return found
+
+
 def train_lora_classifier(
     texts: Sequence[str],
     labels: Sequence[str],
@@ -254,13 +275,12 @@ def train_lora_classifier(
     rank: int = 8,
     targets: str | Sequence[str] = "all-linear",
     learning_rate: float = 1e-3,
+    head_learning_rate: float = 1e-3,
     n_epochs: int = 10,
+    watched: tuple[Sequence[str], Sequence[str]] | None = None,
     seed: int = 0,
 ) -> AdaptedClassifier:
     """Return a classifier for texts of your own: a base model adapted to them by LoRA, merged beside the base.
-
-    A fifth of the texts of each label, drawn by `seed`, is not learned from: it decides when training ends, and fits
-    the temperature.
 
     Args:
         texts: At least five for each label; longer ones than the model's context are cut, with a warning.
@@ -272,36 +292,36 @@ def train_lora_classifier(
         n_blocks: How many of its blocks a text goes through; None: all, and the final norm. A prompt needs all.
         n_frozen: Blocks without an adapter; a text goes through them once, not in each epoch.
         rank, targets: See `attach_lora`.
-        learning_rate: Of the adapter, at its peak.
-        n_epochs: Most passes over the texts; training ends earlier if the fifth does not improve.
+        learning_rate, head_learning_rate: Of the adapter and of the head, at their peak.
+        n_epochs: Most passes over the texts; training ends earlier if the watched ones do not improve.
+        watched: Texts and their labels that are not learned from: they decide when training ends, and fit the
+            temperature. None: a fifth of the texts of each label, drawn by `seed`.
 
     Raises:
-        ValueError: The numbers of texts and labels differ, a text is empty, a label is rare or the only one, two labels
-            begin with the same token where there is a prompt, or a number is out of range.
+        ValueError: The numbers of texts and labels differ, a text is empty, a label is rare or the only one, or watched
+            and not learned, two labels begin with the same token where there is a prompt, or a number is out of range.
     """
     names, numbers = check_labels(texts, labels)
+    more, more_labels = watched or ((), ())
+    fits = len(more) == len(more_labels) >= (watched is not None) and set(more_labels) <= set(names)
+    require(
+        "watched", list(more_labels)[:5], fits, "None, or texts and as many labels, of those that are learned"
+    )
+    numbers = [*numbers, *map(names.index, more_labels)]
     n_frozen, rank = whole_number("n_frozen", n_frozen, 0), whole_number("rank", rank)
     require("n_blocks", n_blocks, prompt is None or n_blocks is None, "None where there is a prompt")
     body, encoding = load_pretrained(base, dtype=torch.float32), load_tokenizer(base)
-    rows = prompted_rows(encoding, texts, prompt or ("", ""), body.config.context_length)
+    rows = prompted_rows(encoding, [*texts, *more], prompt or ("", ""), body.config.context_length)
     head = None if prompt is None else head_of_words(body, encoding, names)
     body = body if n_blocks is None else lower_part(body, n_blocks)
     wanted = upper_targets(body, targets, n_frozen)
-    # What the frozen blocks make of each text, once.
-    inputs, upper = list(rows), body
-    if n_frozen:
-        for i, states in token_states(body, rows, n_frozen):
-            inputs[i] = states
-        upper = upper_part(body, n_frozen)
-    # The fifth that is watched, of each label at least one text.
-    rng, watched = np.random.default_rng(seed), set()
-    for label in range(len(names)):
-        places = rng.permutation(np.flatnonzero(np.array(numbers) == label))
-        watched |= set(places[: len(places) // 5].tolist())
+    inputs, upper = above_frozen(body, rows, n_frozen)
+    aside = watched_fifth(numbers, seed) if watched is None else set(range(len(texts), len(rows)))
     pick = lambda places: ([inputs[i] for i in places], [numbers[i] for i in places])
-    held, learned = pick(sorted(watched)), pick([i for i in range(len(rows)) if i not in watched])
+    held, learned = pick(sorted(aside)), pick([i for i in range(len(rows)) if i not in aside])
     # The adapter and a head, trained together.
-    options = {"learning_rate": learning_rate, "n_epochs": n_epochs, "seed": seed, "head": head}
+    rates = {"learning_rate": learning_rate, "head_learning_rate": head_learning_rate}
+    options = {**rates, "n_epochs": n_epochs, "seed": seed, "head": head}
     pooling = "mean" if prompt is None else "last"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
