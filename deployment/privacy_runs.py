@@ -109,6 +109,9 @@ MEASURES: dict[str, dict[str, object]] = {
     "clipped": {"noise": 0.0},
     "noise 0.5": {"noise": 0.5},
     "noise 1": {"noise": 1.0},
+    # Plain training that stops where those with noise end: who has learned as little, how much does he give away?
+    "10 steps": {"n_steps": 10},
+    "5 steps": {"n_steps": 5},
 }
 DELETIONS = ("retrained", "continued", "ascent")
 
@@ -160,10 +163,15 @@ def public_model(dropout: float = 0.0) -> GPTModel:
 
 
 def fit(
-    model: GPTModel, rows: list[list[int]], seed: int, n_epochs: int = N_EPOCHS, rate: float = RATE
+    model: GPTModel,
+    rows: list[list[int]],
+    seed: int,
+    n_epochs: int = N_EPOCHS,
+    rate: float = RATE,
+    n_steps: int | None = None,
 ) -> int:
-    """Train as one would without a thought of privacy; return the number of steps."""
-    n_steps = max(2, n_epochs * len(rows) // BATCH)
+    """Train as one would without a thought of privacy, for some epochs or steps; return the number of steps."""
+    n_steps = n_steps or max(2, n_epochs * len(rows) // BATCH)
     schedule = build_schedule("wsd", n_steps, max(1, n_steps // 10), decay=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     train(
@@ -290,7 +298,7 @@ def run(
     torch.manual_seed(seed)
     model, started = public_model(float(options.get("dropout", 0.0))), time.process_time()
     if noise is None:
-        steps = fit(model, rows, seed, n_epochs)
+        steps = fit(model, rows, seed, n_epochs, n_steps=options.get("n_steps"))
     else:
         steps = fit_privately(model, rows, seed, float(noise), n_epochs)
     found = row(measure, model, len(rows), steps, started)
