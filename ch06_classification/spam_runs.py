@@ -25,7 +25,7 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from torch import Tensor
 
 from shared.data.corpus import LabeledText, load_sms
@@ -144,14 +144,19 @@ def majority(data: Texts, train: np.ndarray, judged: np.ndarray, seed: int) -> t
     return np.full(len(judged), int(data.targets[train].mean() > 0.5)), 0
 
 
-def counts(
-    data: Texts, train: np.ndarray, judged: np.ndarray, seed: int, *, letters: bool
-) -> tuple[np.ndarray, int]:
-    """TF-IDF of words and pairs of words, and of pieces of 1 to 5 letters, with logistic regression."""
+def counting_model(*, letters: bool) -> Pipeline:
+    """Return TF-IDF of words and pairs of words, and of pieces of 1 to 5 letters, with logistic regression."""
     parts = [TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)]
     if letters:
         parts.append(TfidfVectorizer(analyzer="char", ngram_range=(1, 5), sublinear_tf=True))
-    model = make_pipeline(make_union(*parts), LogisticRegression(C=10, max_iter=1000))
+    return make_pipeline(make_union(*parts), LogisticRegression(C=10, max_iter=1000))
+
+
+def counts(
+    data: Texts, train: np.ndarray, judged: np.ndarray, seed: int, *, letters: bool
+) -> tuple[np.ndarray, int]:
+    """The labels by `counting_model`."""
+    model = counting_model(letters=letters)
     model.fit(data.texts[train], data.targets[train])
     return model.predict(data.texts[judged]), model[-1].coef_.size + 1
 

@@ -35,6 +35,31 @@ class LabeledText:
 
 
 @dataclass(frozen=True)
+class SecondLabel:
+    """What a second reader, who saw only the guideline and the text, said of a review.
+
+    `number` is its place in `load_reviews()`, `label` is as there, `sure` whether the reader was.
+    """
+
+    number: int
+    label: str
+    sure: bool
+
+
+@dataclass(frozen=True)
+class AngerLabels:
+    """Whether the writer of a negative review is angry, as four readers see it.
+
+    `number` is its place in `load_reviews()`. Two readers had no guideline (`free`), two others had one (`guided`); of
+    each pair the first has a calm temper and the second hears anger easily.
+    """
+
+    number: int
+    free: tuple[bool, bool]
+    guided: tuple[bool, bool]
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One instruction with an input that may be empty, the wanted output, its category and its split."""
 
@@ -146,9 +171,36 @@ def load_sms(split: str | None = None) -> list[LabeledText]:
     return _of_split(_labeled("sms.tsv"), split)
 
 
-def load_reviews(split: str | None = None) -> list[LabeledText]:
-    """Return short reviews labelled `positive` or `negative` of one split, or all of them."""
-    return _of_split(_labeled("reviews.tsv"), split)
+def load_reviews(split: str | None = None, language: str = "en") -> list[LabeledText]:
+    """Return short reviews labelled `positive` or `negative` of one split, or all of them.
+
+    The Chinese ones (`zh`) are no translations of the English ones. Raises ValueError for another split or language.
+    """
+    check_choice("language", language, ("en", "zh"))
+    return _of_split(_labeled("reviews.tsv" if language == "en" else "reviews_zh.tsv"), split)
+
+
+def load_second_labels() -> list[SecondLabel]:
+    """Return a second reader's label of each English review, in the order of `load_reviews()`."""
+    rows = _rows("reviews_second.tsv")
+    return [SecondLabel(int(row["number"]), row["label"], row["sure"] == "yes") for row in rows]
+
+
+def load_anger_labels() -> list[AngerLabels]:
+    """Return whether the writers of 120 negative English reviews are angry, as four readers see it."""
+    return [
+        AngerLabels(
+            int(row["number"]),
+            (row["free_calm"] == "yes", row["free_keen"] == "yes"),
+            (row["guided_calm"] == "yes", row["guided_keen"] == "yes"),
+        )
+        for row in _rows("reviews_anger.tsv")
+    ]
+
+
+def load_synonyms() -> dict[str, tuple[str, ...]]:
+    """Return words that are frequent in reviews, each with others that may stand in its place."""
+    return {row["word"]: tuple(row["synonyms"].split()) for row in _rows("synonyms.tsv")}
 
 
 def load_instructions(split: str | None = None) -> list[Instruction]:

@@ -14,7 +14,7 @@ Explained and proven in ch06_classification/01_spam.ipynb; written from there by
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 
@@ -168,11 +168,13 @@ def fine_tune(
     patience: int = 2,
     seed: int = 0,
     n_warmup: int = 20,
+    loss: Callable[[nn.Module, tuple[Tensor, Tensor], Tensor], Tensor] = summed_label_loss,
 ) -> list[Record]:
     """Train with early stopping: the weights with the lowest validation loss stay; return the log of `train`.
 
     The validation loss is measured after each epoch. After `patience` epochs without a better one training ends. The
     learning rates rise over `n_warmup` steps and then sink in a straight line to zero at the end of the last epoch.
+    What is minimized is `loss`, of the classifier, inputs with mask, and targets, summed over the batch.
 
     Raises:
         ValueError: As `train` and `label_batches` do, a number is out of range, or the head has no such label.
@@ -191,13 +193,13 @@ def fine_tune(
 
     def after_epoch(step: int) -> float:
         nonlocal best_loss, best, waited
-        loss = F.cross_entropy(label_logits(classifier, validation[0]), validation_targets).item()
+        found = F.cross_entropy(label_logits(classifier, validation[0]), validation_targets).item()
         waited += 1
-        if loss < best_loss:
-            best_loss, best, waited = loss, [parameter.detach().clone() for parameter in trained], 0
+        if found < best_loss:
+            best_loss, best, waited = found, [parameter.detach().clone() for parameter in trained], 0
         elif waited >= patience:
             raise _Enough
-        return loss
+        return found
 
     with suppress(_Enough):
         train(
@@ -205,7 +207,7 @@ def fine_tune(
             label_batches(rows, targets, batch_size, seed=seed),
             optimizer,
             n_steps=n_steps,
-            loss=summed_label_loss,
+            loss=loss,
             schedule=build_schedule("linear", n_steps, min(n_warmup, n_steps // 2)),
             evaluate_every=math.ceil(len(rows) / batch_size),
             on_evaluate=after_epoch,
