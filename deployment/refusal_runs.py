@@ -1,11 +1,11 @@
 """Teach `tales-3m-instruct` to say "Nobody knows.", with few or many such lessons, and record what it costs.
 
-    python refusal_runs.py              everything that the record lacks; about 40 minutes of one core
+    python refusal_runs.py              everything that the record lacks; about 50 minutes of one core
 
 The tuned model of chapter 7 goes on learning for 150 steps. A share of its lessons (`SHARES`) asks one story for things
-and persons that may not occur in it (`refusal_lesson`): half of these questions have an answer, half have none. The
-other lessons are those of chapter 7. Share 0 learns as long without a refusal: what changes there is not the refusals'
-doing.
+and persons that may not occur in it (`refusal_lesson`): of each form, half of the questions have an answer. The other
+lessons are those of chapter 7. Share 0 learns as long without a refusal: what changes there is not the refusals' doing.
+Share "one-sided" is one half, with lessons in which four of the six questions of these forms have no answer.
 
 Scored are, on stories of a seed that nothing was trained on:
 - `thing`, `person`: questions about what does not occur; right is the refusal, letter for letter.
@@ -49,7 +49,7 @@ RESULTS = HERE / "refusal_runs.csv"
 chapter_7 = load_script(HERE.parent / "ch07_instruction" / "tune_instructions.py")
 
 REFUSAL = "Nobody knows."  # three tokens that its tales have: others could not be learned, see the notebook
-SHARES, SEEDS, TEST_SEED = (0.5, 0.2, 0.05, 0.0), (1, 2, 3), 7300
+SHARES, SEEDS, TEST_SEED = (0.5, 0.2, 0.05, 0.0, "one-sided"), (1, 2, 3), 7300
 N_STEPS, BATCH_SIZE, LEARNING_RATE, N_TEST = 150, 8, 2e-3, 60
 UNANSWERABLE = ("thing", "person", "word")
 COLUMNS = ["share", "seed", "steps", "minutes", "kind", "n", "right", "refused", "hardware", "torch"]
@@ -92,32 +92,34 @@ def absent_word(story: Story, draw: Draw) -> list[Turn]:
 ASKS = {"thing": absent_thing, "person": absent_person, "word": absent_word}
 
 
-def refusal_lesson(tales: TaleGenerator, draw: Draw) -> tuple[dict[str, str], ...]:
-    """Return a conversation about one story: two absent things, two absent persons, four questions with an answer."""
+# A form alone never tells whether to refuse; or it nearly does.
+EVEN = (absent_thing, absent_person, owner_turns, possession_turns) * 2
+ONE_SIDED = (*(absent_thing, absent_person) * 2, owner_turns, possession_turns, count_turns, count_turns)
+
+
+def refusal_lesson(
+    tales: TaleGenerator, draw: Draw, kinds: Sequence[Callable] = EVEN
+) -> tuple[dict[str, str], ...]:
+    """Return a conversation about one story: four questions without an answer, four with one, in random order."""
     while True:
         story = tales.sample()
-        asks = shuffled(
-            (*(absent_thing, absent_person) * 2, *(owner_turns, possession_turns, count_turns, count_turns)),
-            draw,
-        )
+        asks = shuffled(kinds, draw)
         turns = [turn for ask in asks for turn in ask(story, draw)]
-        if len(turns) == len(asks):
+        n_asked = len({question for question, _, _ in turns})
+        n_answered = len({answer for _, answer, _ in turns if answer != REFUSAL})
+        if (n_asked, n_answered) == (len(asks), len(asks) // 2):
             break
-    lesson, known = [], set()
-    for question, answer, value in turns:
-        bare = question.removeprefix(f"{story.text}\n")
-        if bare not in known:
-            known.add(bare)
-            lesson.append((bare if lesson else question, answer, value))
-    return conversation(lesson)
+    bare = [question.removeprefix(f"{story.text}\n") for question, _, _ in turns]
+    return conversation([(turns[0][0] if not i else bare[i], *turn[1:]) for i, turn in enumerate(turns)])
 
 
-def lessons(share: float, seed: int, n: int) -> list[tuple[dict[str, str], ...]]:
+def lessons(share: float | str, seed: int, n: int) -> list[tuple[dict[str, str], ...]]:
     """Return `n` lessons, of which exactly a share are refusal lessons, in random order."""
+    share, kinds = (0.5, ONE_SIDED) if share == "one-sided" else (float(share), EVEN)
     generator, tales = TaskGenerator(2000 + seed), TaleGenerator(3000 + seed)
     draw = random.Random(f"refusals {seed}").random
     n_refusals = round(share * n)
-    found = [refusal_lesson(tales, draw) for _ in range(n_refusals)]
+    found = [refusal_lesson(tales, draw, kinds) for _ in range(n_refusals)]
     return shuffled([*found, *(generator.lesson() for _ in range(n - n_refusals))], draw)
 
 
@@ -158,7 +160,7 @@ def run(
     if share == "before":
         n_steps = 0
     else:
-        taught = lessons(float(share), seed, n_steps * BATCH_SIZE)
+        taught = lessons(share, seed, n_steps * BATCH_SIZE)
         examples, _ = encode_conversations(
             chat_format, tokenizer, taught, context_length=chapter_7.CONTEXT_LENGTH
         )

@@ -1,7 +1,7 @@
 """Texts to vectors: the mean over real tokens, batches, long and strange texts, MiniLM against transformers."""
 
-import time
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from shared.finetuning.embeddings import TextEmbedder, cosine_similarity, cut_pi
 from shared.finetuning.features import pool_states
 from shared.model.bert import BERTConfig, BERTModel
 from shared.text.wordpiece import SPECIAL_TOKENS, WordPieceTokenizer
+from tests.timing import seconds
 
 needs_minilm = pytest.mark.skipif(not has_model("all-minilm-l6-v2"), reason="MiniLM is not installed")
 
@@ -123,20 +124,15 @@ def test_pieces_are_weighted_by_their_length(tiny: TextEmbedder) -> None:
 
 
 def test_time_does_not_grow_with_the_square_of_the_length(tiny: TextEmbedder) -> None:
-    def seconds(text: str) -> float:
-        found = []
-        for _ in range(3):
-            tiny.tokenizer._known.clear()
-            start = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tiny.embed([text], long="pieces")
-                tiny.embed([text])
-            found.append(time.perf_counter() - start)
-        return min(found)
+    def embed(text: str) -> None:
+        tiny.tokenizer._known.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tiny.embed([text], long="pieces")
+            tiny.embed([text])
 
     for unit in ("abc ", "abc", ".", "\u0301 a"):
-        short, long = seconds(unit * 2_000), seconds(unit * 16_000)
+        short, long = (seconds(partial(embed, unit * n)) for n in (2_000, 16_000))
         assert long < 32 * short, unit  # eight times as long: a square would be 64
 
 

@@ -1,7 +1,7 @@
 """The content filter: rules, scores, what ships, and the guard of a stream."""
 
-import time
 import zlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +26,7 @@ from shared.safety.filters import (
     save_filter,
 )
 from shared.safety.spelling import Speller
+from tests.timing import seconds
 
 RECORD = Path(__file__).parents[2] / "deployment" / "filter_fresh.csv"
 
@@ -100,15 +101,9 @@ def test_one_bad_sentence_in_a_long_text_counts(shipped):
 
 @pytest.mark.parametrize("unit", ["how to ", "you ", "write make ", "<<", "i will "])
 def test_hostile_texts_cost_no_square(shipped, unit):
-    def seconds(n: int) -> float:
-        text, found = (unit * n)[:n], []
-        for _ in range(2):  # the least of two: other work on the machine only adds
-            started = time.process_time()
-            shipped.check(text)
-            found.append(time.process_time() - started)
-        return min(found)
-
-    assert seconds(40_000) < 10 * seconds(10_000) + 0.1
+    # Four times the text: four times the time, sixteen times if it were the square.
+    short, long = (seconds(partial(shipped.check, (unit * n)[:n]), 2) for n in (10_000, 40_000))
+    assert long < 10 * short + 0.1
 
 
 def test_a_scorer_is_weighed_in():

@@ -1,7 +1,7 @@
 """Disguised spelling comes back as plain words, and in a time that grows with the length."""
 
 import random
-import time
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,7 @@ from deployment import attack_spelling
 from shared.data.corpus import load_filter_texts, load_stories
 from shared.safety.filters import load_filter
 from shared.safety.spelling import Speller, count_words, fold, key_of
+from tests.timing import seconds
 
 PLAIN = ["you are the worst of all clowns", "i will find your house tonight", "the bomb goes off at noon"]
 
@@ -93,16 +94,9 @@ def test_ordinary_texts_stay_as_they_are(speller):
     ["a", "a ", "k.i.l.l.", "1", "!l", "a\u0301", "e s a r e s t o ", "\u200b", "<", "kil ", "\U0001d458"],
 )
 def test_hostile_characters_cost_no_square(speller, unit):
-    def seconds(n: int) -> float:
-        text, found = (unit * n)[:n], []
-        for _ in range(2):  # the least of two: other work on the machine only adds
-            started = time.process_time()
-            speller.undisguise(text)
-            found.append(time.process_time() - started)
-        return min(found)
-
     # Four times the text: four times the time, sixteen times if it were the square.
-    assert seconds(100_000) < 10 * seconds(25_000) + 0.1
+    short, long = (seconds(partial(speller.undisguise, (unit * n)[:n]), 2) for n in (25_000, 100_000))
+    assert long < 10 * short + 0.1
 
 
 @pytest.mark.parametrize("counts", [{}, {"Hi": 1}, {"hi": 0}, {"two words": 1}])

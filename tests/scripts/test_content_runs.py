@@ -119,7 +119,14 @@ def test_a_refusal_lesson_asks_for_what_is_there_and_for_what_is_not():
     for _ in range(5):
         lesson = refusal_runs.refusal_lesson(TaleGenerator(5), draw)
         replies = [message["content"] for message in lesson[1::2]]
-        assert 3 <= replies.count(refusal_runs.REFUSAL) <= 4 and len(replies) >= 7
+        assert len(replies) == 8 and replies.count(refusal_runs.REFUSAL) == 4
+        # Of each form as many with an answer as without: two of "Who has ...?", two of "What does ... have?".
+        asked = [message["content"].splitlines()[-1] for message in lesson[::2]]
+        for forms in (("Who has", "To whom"), ("What does", "What belongs")):
+            of_form = [r for q, r in zip(asked, replies, strict=True) if q.startswith(forms)]
+            assert len(of_form) == 4 and of_form.count(refusal_runs.REFUSAL) == 2
+    one_sided = refusal_runs.refusal_lesson(TaleGenerator(5), draw, refusal_runs.ONE_SIDED)
+    assert [m["content"] for m in one_sided[1::2]].count(refusal_runs.REFUSAL) == 4
 
 
 def test_what_is_absent_does_not_occur():
