@@ -2,6 +2,7 @@
 
 - `features`: what a frozen model computes of texts, computed once and kept.
 - `tuning`: a GPT with a classification head, trained in part or whole.
+- `augmentation`: other texts with the same label.
 - `encoders`: a BERT with a classification head.
 - `embeddings`: texts to vectors whose direction is their meaning.
 - `retrieval`: search in texts, by meaning and by words.

@@ -10,6 +10,7 @@ import pytest
 from shared.data.corpus import (
     DATA,
     SPLITS,
+    load_anger_labels,
     load_filter_lessons,
     load_filter_texts,
     load_instructions,
@@ -17,6 +18,7 @@ from shared.data.corpus import (
     load_personal_data,
     load_questions,
     load_reviews,
+    load_second_labels,
     load_sms,
     load_stories,
     load_unanswerable,
@@ -27,6 +29,10 @@ TEXT_FILES = (
     "stories.txt",
     "sms.tsv",
     "reviews.tsv",
+    "reviews_second.tsv",
+    "reviews_anger.tsv",
+    "reviews_zh.tsv",
+    "synonyms.tsv",
     "instructions.json",
     "questions.json",
     "languages.tsv",
@@ -99,11 +105,16 @@ def test_no_two_stories_share_a_paragraph():
     assert [(a, b) for a, b in pairs if paragraphs[a] != paragraphs[b]] == []
 
 
+def load_chinese(split=None):
+    return load_reviews(split, "zh")
+
+
 @pytest.mark.parametrize(
     ("load", "labels", "kinds", "at_least"),
     [
         (load_sms, {"ham", "spam"}, {"plain", "hard"}, 1_000),
         (load_reviews, {"positive", "negative"}, {"plain", "mixed", "ironic", "negated"}, 400),
+        (load_chinese, {"positive", "negative"}, {"plain", "mixed", "ironic", "negated"}, 300),
     ],
 )
 def test_labeled_texts(load, labels, kinds, at_least):
@@ -123,6 +134,25 @@ def test_labels_are_balanced_as_documented():
     assert reviews["positive"] == reviews["negative"]
     sms = Counter((row.label, row.kind) for row in load_sms())
     assert sms["ham", "hard"] >= 100 and sms["spam", "hard"] >= 100
+
+
+def test_second_labels_and_anger_belong_to_reviews():
+    reviews, second, anger = load_reviews(), load_second_labels(), load_anger_labels()
+    assert [row.number for row in second] == list(range(len(reviews)))
+    assert {row.label for row in second} <= {"positive", "negative"} and 0 < sum(
+        not r.sure for r in second
+    ) < 20
+    assert len({row.number for row in anger}) == len(anger) == 120
+    assert {reviews[row.number].label for row in anger} == {"negative"}
+
+
+def test_chinese_reviews_are_chinese_and_balanced():
+    reviews = load_chinese()
+    assert Counter(row.label for row in reviews) == {"positive": 180, "negative": 180}
+    for row in reviews:
+        assert sum("\u4e00" <= c <= "\u9fff" for c in row.text) > 0.6 * len(row.text), row.text
+    with pytest.raises(ValueError, match="language must be one of"):
+        load_reviews(language="fr")
 
 
 def test_instructions():
