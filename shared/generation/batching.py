@@ -104,7 +104,8 @@ class BatchEngine:
         model: A `GPTModel`, as `BatchedPass` takes it; it runs in evaluation mode and without gradients.
         max_batch_size: Most requests that run at a time; more wait.
         context_length: Most tokens of a prompt and its continuation; None is the model's, but at most 2,048.
-        prefill_chunk: Most tokens of prompts that one step reads, all prompts together.
+        prefill_chunk: Most tokens of prompts that one step reads, all prompts together, while a text is being written;
+            `WHEN_ALONE` times as many while none is.
         share_prefixes: Whether the beginning of a prompt is taken from another text that begins alike.
         forbidden_ids: Ids that are never chosen, such as those that the tokenizer lacks.
 
@@ -114,6 +115,7 @@ class BatchEngine:
     """
 
     MIN_SHARED = 16  # fewer tokens in common are not worth a copy, nor waiting for
+    WHEN_ALONE = 4  # times as much of the prompts is read while no text is being written
 
     def __init__(
         self,
@@ -251,8 +253,9 @@ class BatchEngine:
             request = row.request
             if request is not None and len(row.held) >= len(request.prompt):
                 plan.append((request, Piece(request.row, len(row.held), request.generated[-1:])))
+        # Where no text is being written, a longer step keeps nobody waiting.
+        left = self.prefill_chunk * (1 if plan else self.WHEN_ALONE)
         # The prompts take turns: who was read from now is the last next time.
-        left = self.prefill_chunk
         for request in list(self._reading):
             if not left:
                 break

@@ -140,11 +140,23 @@ def test_a_step_reads_no_more_than_it_may():
     engine = BatchEngine(MODEL, max_batch_size=4, prefill_chunk=5)
     seen = []
     read = engine._read
-    engine._read = lambda pieces: seen.append(sum(len(piece.tokens) for piece in pieces)) or read(pieces)
+
+    def watched(pieces):
+        # What is being written has its prompt behind it.
+        writing = sum(piece.start >= len(engine._rows[piece.row].request.prompt) for piece in pieces)
+        seen.append((writing, sum(len(piece.tokens) for piece in pieces) - writing))
+        return read(pieces)
+
+    engine._read = watched
     for prompt in random_prompts(random.Random(0), 9):
         engine.submit(prompt, max_new_tokens=6)
     finish(engine)
-    assert max(seen) <= 5 + 4 and len(seen) > 9
+    # Five tokens of prompts beside what is being written; four times as many while nothing is.
+    assert len(seen) > 9 and {bool(writing) for writing, _ in seen} == {False, True}
+    assert (
+        max(n for writing, n in seen if writing) == 5
+        and 5 < max(n for writing, n in seen if not writing) <= 20
+    )
 
 
 class TestSharedPrefixes:
