@@ -24,7 +24,6 @@ A run replaces the row of the same data, method, detail, role and seed. One thre
 import argparse
 import csv
 import random
-import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -164,59 +163,37 @@ def augmented(
 # --- what is run
 
 
-def judged_row(
-    data: Reviews, method: str, detail: str, role: str, seed: int, fit: Callable, n: int | None = None
-) -> dict[str, object]:
-    """Run a method on the folds, or on the test split, and return its row."""
-    started, right, trained = time.process_time(), np.zeros(len(data.rows), dtype=bool), 0
-    pairs = spam_runs.folds(data, seed)
-    if role == "test":
-        pairs = [(np.flatnonzero(data.splits != "test"), np.flatnonzero(data.splits == "test"))]
-    for train, judged in pairs:
-        predicted, trained = fit(data, train if n is None else of_size(data, train, n, seed), judged, seed)
-        right[judged] = predicted == data.targets[judged]
-    marks = "".join("01"[int(right[i])] for i in np.sort(np.concatenate([judged for _, judged in pairs])))
-    return {
-        "data": data.name,
-        "method": method,
-        "detail": detail,
-        "role": role,
-        "seed": seed,
-        "trained": trained,
-        "cpu_seconds": round(time.process_time() - started),
-        "n": len(marks),
-        "correct": marks.count("1"),
-        "right": marks,
-        "hardware": cpu_name(),
-        "torch": torch.__version__,
-    }
+def fitted_to(n: int, fit: Callable) -> Callable:
+    """Return a way to fit that sees only `n` of the training places."""
+    return lambda data, train, judged, seed: fit(data, of_size(data, train, n, seed), judged, seed)
 
 
-Job = tuple[str, str, str, str, int, Callable, int | None]
+Job = tuple[str, str, str, str, int, Callable]
 
 
 def jobs(part: str) -> list[Job]:
-    """Return the runs of a part: language, method, detail, role, seed, how to fit, and with how many labels."""
+    """Return the runs of a part: language, method, detail, role, seed, and how to fit."""
     found: list[Job] = []
     if part == "methods":
         for options in CHOICES:
             detail = " ".join(f"{name}={value}" for name, value in options.items())
             fit = partial(METHODS["features"], **options)
-            found += [(lang, "features", detail, "choice", CHOICE_SEED, fit, None) for lang in ("en", "zh")]
+            found += [(lang, "features", detail, "choice", CHOICE_SEED, fit) for lang in ("en", "zh")]
         for language in ("en", "zh"):
             for method, fit in METHODS.items():
-                found += [(language, method, "", "folds", seed, fit, None) for seed in SEEDS]
-                found.append((language, method, "", "test", 0, fit, None))
+                found += [(language, method, "", "folds", seed, fit) for seed in SEEDS]
+                found.append((language, method, "", "test", 0, fit))
     for seed in SEEDS:
         for n in (*SIZES, None):
             for method in CURVES:
                 if part == "labels" and n:
                     for lang in ("en", "zh"):
-                        found.append((lang, method, f"labels={n}", "folds", seed, METHODS[method], n))
+                        fit = fitted_to(n, METHODS[method])
+                        found.append((lang, method, f"labels={n}", "folds", seed, fit))
                 for technique in TECHNIQUES if part == "augmentation" else ():
                     fit = partial(augmented, method=method, technique=technique)
                     detail = f"labels={n or 'all'} copies={technique}"
-                    found.append(("en", method, detail, "folds", seed, fit, n))
+                    found.append(("en", method, detail, "folds", seed, fitted_to(n, fit) if n else fit))
     return found
 
 
@@ -334,13 +311,13 @@ def main() -> None:
     reviews = {language: Reviews(language) for language in ("en", "zh")}
     done = {tuple(row[name] for name in spam_runs.KEY) for row in read_rows(RESULTS)}
     for part in arguments.part:
-        for language, method, detail, role, seed, fit, n in jobs(part):
+        for language, method, detail, role, seed, fit in jobs(part):
             data = reviews[language]
             if (language, method, detail, role, str(seed)) in done:
                 continue
             if role == "choice" and (1, "mean", LARGE) not in data.known:
                 data.every_block()
-            row = judged_row(data, method, detail, role, seed, fit, n)
+            row = spam_runs.judged_row(data, method, detail, role, seed, fit)
             replace_row(RESULTS, spam_runs.COLUMNS, row, spam_runs.KEY)
             accuracy = f"{row['correct'] / row['n']:.3f}"
             print(

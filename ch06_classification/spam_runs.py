@@ -18,6 +18,7 @@ stopped. One thread is used.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -358,21 +359,27 @@ def uci(balanced: bool) -> Texts:
 def run(data: Texts, method: str, role: str, seed: int, **options: object) -> dict[str, object]:
     """Run a method and return its row."""
     fit, usual = METHODS[method]
-    pairs = folds(data, seed)
-    if role == "choice" and method not in QUICK:
-        pairs = pairs[:1]
+    detail = " ".join(f"{name}={value}" for name, value in options.items())
+    n_folds = 1 if role == "choice" and method not in QUICK else N_FOLDS
+    return judged_row(data, method, detail, role, seed, partial(fit, **{**usual, **options}), n_folds)
+
+
+def judged_row(
+    data: Texts, method: str, detail: str, role: str, seed: int, fit: Callable, n_folds: int = N_FOLDS
+) -> dict[str, object]:
+    """Fit and judge on so many of the folds, or on the test split, and return the row of the record."""
+    pairs = folds(data, seed)[:n_folds]
     if role == "test":
         pairs = [(np.flatnonzero(data.splits != "test"), np.flatnonzero(data.splits == "test"))]
     started, right, trained = time.process_time(), np.zeros(len(data.rows), dtype=bool), 0
-    judged_all = np.sort(np.concatenate([judged for _, judged in pairs]))
     for train, judged in pairs:
-        predicted, trained = fit(data, train, judged, seed, **{**usual, **options})
+        predicted, trained = fit(data, train, judged, seed)
         right[judged] = predicted == data.targets[judged]
-    marks = "".join("01"[int(right[i])] for i in judged_all)
+    marks = "".join("01"[int(right[i])] for i in np.sort(np.concatenate([judged for _, judged in pairs])))
     return {
         "data": data.name,
         "method": method,
-        "detail": " ".join(f"{name}={value}" for name, value in options.items()),
+        "detail": detail,
         "role": role,
         "seed": seed,
         "trained": trained,
