@@ -19,6 +19,7 @@ from shared.checks import check_text, require, whole_number
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 TURNING = {
     "not",
+    "cannot",
     "no",
     "never",
     "nor",
