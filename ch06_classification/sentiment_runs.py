@@ -1,6 +1,6 @@
 """Compare the ways to tell whether somebody liked it, on English and Chinese reviews, and record what came of it.
 
-    python sentiment_runs.py                    everything that the record lacks, about half an hour of one core
+    python sentiment_runs.py                    everything that the record lacks, a quarter of an hour of one core
     python sentiment_runs.py --part methods     only a part: methods, labels, augmentation, search
     python sentiment_runs.py --paraphrase       make sentiment_paraphrases.tsv with SmolLM2, about five minutes
     python sentiment_runs.py --ship             make shared/checkpoints/sentiment: the head, and the reviews' features

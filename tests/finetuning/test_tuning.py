@@ -172,6 +172,27 @@ def test_it_learns_and_keeps_the_best_epoch():
     assert F.cross_entropy(logits, expected).item() < 0.55 < log[0].loss
 
 
+def test_another_loss_is_what_is_minimized():
+    rows, targets = task(32, 0)
+    found = []
+    for wanted in (targets, [1 - target for target in targets]):
+        torch.manual_seed(0)
+        model = classifier()
+        nn.init.zeros_(model.head.weight)
+        set_trainable(model, "head")
+
+        def loss(model, inputs, given, turned=wanted is not targets):
+            return summed_label_loss(model, inputs, 1 - given if turned else given)
+
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+        options = {"n_epochs": 1, "batch_size": 32, "n_warmup": 0}
+        fine_tune(model, rows, targets, (rows, wanted), optimizer, loss=loss, **options)
+        found.append(model.head.weight.detach().clone())
+    # One step from a head of zeros: with all labels turned it leads the other way.
+    assert found[0].any()
+    torch.testing.assert_close(found[0], -found[1])
+
+
 def test_training_ends_when_nothing_improves_and_the_best_weights_are_back():
     model = classifier()
     nn.init.zeros_(model.head.weight)
