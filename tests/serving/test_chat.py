@@ -48,8 +48,10 @@ def test_three_turns_in_a_terminal_one_of_them_stopped(tmp_path):
             terminal.until(f"{text}\r\n")
             assert "[stopped]" not in terminal.until("you> ")
         # At the prompt Ctrl-C gives up the line; then the conversation is saved, and Ctrl-D ends.
-        # Between the prompt and its wait for a key, Python itself is deaf to Ctrl-C.
+        # Between the prompt and its wait for a key, Python itself is deaf to Ctrl-C. And Ctrl-C throws away what was
+        # typed and not yet read; readline, which waits for it, would hear no other Ctrl-C. So first it must be read.
         terminal.type("half a line")
+        terminal.until("half a line")
         terminal.press_until("\x03", "you> ")
         terminal.type(f"/save {saved}\n")
         terminal.until("6 messages saved")
