@@ -12,9 +12,10 @@ tables (look-alikes, marks, words) than the attacks use; `left_out` is a family 
 Counting filters are judged by five folds of the training and validation messages (seeds 0, 1, 2) and on the test split;
 the network, tales-3m tuned whole, on the test split with three seeds: there it learns from the training split and stops
 by the validation split. The radius of FGM was chosen on validation messages with another seed. A row for the family
-"none" has a mark for each message, right or not; the other rows have a number for each spam message: after how many
-questions it passed (0: without a change), or -1 if it never did. A run replaces the row of the same key, so the script
-goes on where it was stopped. One thread is used.
+"none" has a mark for each message, right or not. The row "ham" says for each ham message how many of three copies with
+four random changes (swap, look-alike, mark) are still taken for ham. The other rows have a number for each spam
+message: after how many questions it passed (0: without a change), or -1 if it never did. A run replaces the row of the
+same key, so the script goes on where it was stopped. One thread is used.
 """
 
 import argparse
@@ -80,7 +81,9 @@ ATTACK_LOOKS = {
 }
 TRAINING_MARKS, ATTACK_MARKS = "._*", " -\u200b"
 FAMILIES = ("swap", "look-alike", "mark", "word")
-RADIUS, N_STEPS, N_COPIES = 1.0, 2, 2
+SPELLED = FAMILIES[:3]
+ROWS = ("none", "ham", *FAMILIES)
+RADIUS, N_STEPS, N_COPIES = 0.5, 2, 2
 N_QUERIES, WIDTH, MOST_CHANGES = 64, 8, 8
 
 
@@ -201,6 +204,21 @@ def build(
     return network_filter(texts, targets, prepare, watched, seed, n_epochs=n_epochs, **options)
 
 
+def harmless(
+    texts: Sequence[str], tricks: Mapping[str, Change], score: Callable[[list[str]], np.ndarray]
+) -> list[int]:
+    """Return how many of three changed copies of each ham are still taken for ham: four changes of one family each.
+
+    Honest people have typing errors, accents and hyphens, too.
+    """
+    copies = [
+        change_often(text, tricks[family], 4, random.Random(f"ham {family} {text}"))
+        for text in texts
+        for family in SPELLED
+    ]
+    return (np.asarray(score(copies)) < 0.5).reshape(-1, len(SPELLED)).sum(axis=1).tolist()
+
+
 # --- what is run
 
 
@@ -215,9 +233,11 @@ def parts(data: object, role: str, seed: int, kind: str) -> list[tuple[np.ndarra
     return [(learned, validation, test)]
 
 
-def judge(data: object, name: str, left_out: str, role: str, seed: int, **options: object) -> None:
-    """Train a model as the role wants it, attack it by all families, and record a row for each, and one for none."""
-    kind, done = MODELS[name][0], {family: ([], [], 0.0) for family in ("none", *FAMILIES)}
+def judge(
+    data: object, name: str, left_out: str, role: str, seed: int, wanted: Sequence[str], **options: object
+) -> None:
+    """Train a model as the role wants it, attack it by the wanted families, and record a row for each."""
+    kind, done = MODELS[name][0], {family: ([], [], 0.0) for family in wanted}
     for learned, watched, judged in parts(data, role, seed, kind):
         started = time.process_time()
         pair = list(data.texts[learned]), data.targets[learned]
@@ -225,26 +245,29 @@ def judge(data: object, name: str, left_out: str, role: str, seed: int, **option
             name, left_out, pair, (list(data.texts[watched]), data.targets[watched]), seed, **options
         )
         right = (np.asarray(score(list(data.texts[judged]))) >= 0.5) == data.targets[judged]
-        done["none"][0].extend(zip(judged, right.astype(int), strict=True))
         spent = {"none": time.process_time() - started}
+        tricks = changes(*pair, training=False)
+        if "none" in wanted:
+            done["none"][0].extend(zip(judged, right.astype(int), strict=True))
+        if "ham" in wanted:
+            ham = judged[data.targets[judged] == 0]
+            done["ham"][0].extend(zip(ham, harmless(data.texts[ham], tricks, score), strict=True))
         # Each family asks this very filter.
         spam = judged[data.targets[judged] == 1]
-        for family, change in changes(*pair, training=False).items():
-            started = time.process_time()
-            found = attack(
-                list(data.texts[spam]), score, change, n_queries=N_QUERIES, width=WIDTH, seed=seed
-            )
+        for family in [name for name in FAMILIES if name in wanted]:
+            started, change = time.process_time(), tricks[family]
+            found = attack(list(data.texts[spam]), score, change, n_queries=N_QUERIES, width=WIDTH, seed=seed)
             passed = [one.n_queries if one.score < 0.5 else -1 for one in found]
             done[family][0].extend(zip(spam, passed, strict=True))
             done[family][1].extend(one.n_changes for one in found if one.score < 0.5 and one.n_changes)
             spent[family] = time.process_time() - started
-        done = {f: (o, c, seconds + spent[f]) for f, (o, c, seconds) in done.items()}
+        done = {f: (o, c, seconds + spent.get(f, 0.0)) for f, (o, c, seconds) in done.items()}
     detail = " ".join(f"{key}={value}" for key, value in options.items())
     for family, (outcome, n_changes, seconds) in done.items():
         values = [int(value) for _, value in sorted(outcome)]
         row = {"model": name, "left_out": left_out, "detail": detail, "family": family, "role": role}
         row |= {"seed": seed, "cpu_seconds": round(seconds), "n": len(values)}
-        row["outcome"] = ("" if family == "none" else " ").join(map(str, values))
+        row["outcome"] = ("" if family in ("none", "ham") else " ").join(map(str, values))
         row["changes"] = round(float(np.mean(n_changes)), 1) if n_changes else ""
         replace_row(RESULTS, COLUMNS, row | {"hardware": cpu_name(), "torch": torch.__version__}, KEY)
     print(f"{name:36} {left_out:11} {detail:10} {role:7} {seed}", *summary(done), flush=True)
@@ -252,8 +275,9 @@ def judge(data: object, name: str, left_out: str, role: str, seed: int, **option
 
 def summary(done: Mapping[str, tuple[list, list, float]]) -> list[str]:
     """Return for each family the share that held, as text."""
+    best = {"none": 1, "ham": len(SPELLED)}
     shares = {
-        family: np.mean([value == (1 if family == "none" else -1) for _, value in outcome])
+        family: np.mean([value == best.get(family, -1) for _, value in outcome])
         for family, (outcome, *_) in done.items()
     }
     return [f"{family} {share:.3f}" for family, share in shares.items()]
@@ -281,16 +305,20 @@ def main() -> None:
     parser.add_argument(
         "--role", nargs="+", choices=("choice", "folds", "test"), default=["choice", "folds", "test"]
     )
+    parser.add_argument("--seed", nargs="+", type=int, default=[*SEEDS, CHOICE_SEED])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = spam_runs.Texts("bundled", load_sms())
     recorded = {tuple(row[name] for name in KEY) for row in read_rows(RESULTS)} if RESULTS.exists() else set()
     for name, left_out, role, seed, options in jobs():
-        if name not in arguments.model or role not in arguments.role:
+        if name not in arguments.model or role not in arguments.role or seed not in arguments.seed:
             continue
         detail = " ".join(f"{key}={value}" for key, value in options.items())
-        if (name, left_out, detail, FAMILIES[-1], role, str(seed)) not in recorded:
-            judge(data, name, left_out, role, seed, **options)
+        rows = [
+            family for family in ROWS if (name, left_out, detail, family, role, str(seed)) not in recorded
+        ]
+        if rows:
+            judge(data, name, left_out, role, seed, rows, **options)
 
 
 if __name__ == "__main__":

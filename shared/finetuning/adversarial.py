@@ -64,7 +64,7 @@ def replace_letter(text: str, rng: random.Random, table: Mapping[str, str]) -> s
 
 
 def insert_mark(text: str, rng: random.Random, marks: str) -> str:
-    """Put one of the marks, such as a space or a dot, between two letters of a word; the text as it is if there is no such place.
+    """Put a mark, such as a space or a dot, between two letters of a word; the text as it is if it has no such place.
 
     Raises TypeError if `text` is no string.
     """
