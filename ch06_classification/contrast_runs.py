@@ -4,13 +4,14 @@
     python contrast_runs.py --role choice    only the trials of settings, or only what is compared
     python contrast_runs.py --vectors        make contrast_vectors.safetensors: vectors of forty texts, for drawing
 
-A text's vector is the mean of the states that leave block 20. Blocks 17 to 20 are trained on the cached states of the
-frozen blocks below, as in `spam_runs.py`. "SimCSE, dropout" passes each text twice through different dropout masks;
-"SimCSE, pairs" has a training review and its rewriting by SmolLM2 (those that `sentiment_runs.near_enough` keeps, which
-asks MiniLM); "pairs, shuffled" has the same reviews with rewritings of other ones. Learned from are texts of the
-training splits of reviews, messages and instructions, and the general-knowledge questions; of the stories, of
-sentence_pairs.tsv and of validation and test splits nothing. The messages and reviews that few labels are given to are
-among the texts learned from, without labels.
+A text's vector is the mean of the states that leave block 20, without the first token's: that one is about a hundred
+times as long as the others and nearly the same in all texts ("frozen, every token" shows what it does to cosines).
+Blocks 17 to 20 are trained on the cached states of the frozen blocks below, as in `spam_runs.py`. "SimCSE, dropout"
+passes each text twice through different dropout masks; "SimCSE, pairs" has a training review and its rewriting by
+SmolLM2 (those that `sentiment_runs.near_enough` keeps, which asks MiniLM); "pairs, shuffled" has the same reviews with
+rewritings of other ones. Learned from are texts of the training splits of reviews, messages and instructions, and the
+general-knowledge questions; of the stories, of sentence_pairs.tsv and of validation and test splits nothing. Among them
+are the messages and reviews from which the few labelled ones are drawn, without their labels.
 
 Every row of `contrast.csv` has the role "compared" (seeds 0, 1 and 2 where something is random) or "choice" (seed 9).
 A choice is made by the lowest contrastive loss on the rewritings of 64 training reviews that these runs do not learn
@@ -194,14 +195,22 @@ def new_body() -> GPTModel:
     return body
 
 
+def pooled(states: Tensor, mask: Tensor, *, every_token: bool = False) -> Tensor:
+    """Return the mean over a text's states, (batch, emb_dim): without the first token's, unless it is the only one."""
+    mask = mask.clone()
+    if not every_token:
+        mask[:, 0] = mask.sum(1) == 1
+    return pool_states(states, mask, "mean")
+
+
 @torch.no_grad()
-def mean_vectors(body: GPTModel, texts: Sequence[str]) -> Tensor:
-    """Return the mean of the last states of each text, (texts, emb_dim), without dropout."""
+def mean_vectors(body: GPTModel, texts: Sequence[str], *, every_token: bool = False) -> Tensor:
+    """Return the vectors of texts, (texts, emb_dim), without dropout."""
     rows, found = states_of(texts), torch.empty(len(texts), body.config.emb_dim)
     with evaluating(body):
         for places in batches_by_length(rows, BATCH_SIZE):
             states, mask = pad_inputs([rows[i].float() for i in places])
-            found[places] = pool_states(body.hidden_states(states), mask, "mean")
+            found[places] = pooled(body.hidden_states(states), mask, every_token=every_token)
     return found
 
 
@@ -234,7 +243,7 @@ def summed_pair_loss(
 ) -> Tensor:
     """Return the contrastive loss times the pairs of the batch; partners of one and the same text are not negatives."""
     states, mask = inputs
-    first, second = pool_states(body.hidden_states(states), mask, "mean").chunk(2)
+    first, second = pooled(body.hidden_states(states), mask).chunk(2)
     same = numbers[:, None] == numbers
     return contrastive_loss(pair_logits(first, second, 1 / temperature), same) * len(numbers)
 
@@ -403,6 +412,8 @@ def fixed_vectors(method: str) -> dict[str, Tensor]:
         return by_text(torch.tensor(matrix.toarray(), dtype=torch.float32))
     if method == "MiniLM":
         return by_text(load_embedder().embed(judged_texts()))
+    if method == "frozen, every token":
+        return by_text(mean_vectors(new_body(), judged_texts(), every_token=True))
     judged, known = frozen_vectors()
     if method == "centred":
         judged = judged - known.mean(0)
@@ -420,15 +431,15 @@ def trained_vectors(method: str, seed: int, settings: tuple[tuple[str, float], .
     return by_text(mean_vectors(body, judged_texts())) | {"seconds": torch.tensor(seconds)}
 
 
-REFERENCES = ("frozen", "centred", "whitened", "counts", "MiniLM", "BM25")
+REFERENCES = ("frozen, every token", "frozen", "centred", "whitened", "counts", "MiniLM", "BM25")
 TRAINED = ("SimCSE, dropout", "SimCSE, pairs", "pairs, shuffled")
 METHODS = (*REFERENCES, *TRAINED)
 
-USUAL = {"learning_rate": 3e-5, "temperature": 0.05, "dropout": 0.1, "n_steps": 48}
+USUAL = {"learning_rate": 1e-4, "temperature": 0.05, "dropout": 0.1, "n_steps": 48}
 EVERY = 16  # steps after which a trial is judged: each is a trial of so many steps
 # Each changes one setting of `USUAL`.
 TRIALS: dict[str, list[dict[str, float]]] = {
-    method: [{}, {"learning_rate": 1e-4}, {"learning_rate": 1e-5}, {"temperature": 0.1}, {"dropout": second}]
+    method: [{}, {"learning_rate": 3e-5}, {"learning_rate": 3e-4}, {"temperature": 0.1}, {"dropout": second}]
     for method, second in (("SimCSE, dropout", 0.2), ("SimCSE, pairs", 0.0))
 }
 
@@ -525,9 +536,11 @@ def write_vectors() -> None:
             vectors = fixed_vectors(method)
         tensors[method] = F.normalize(torch.stack([vectors[text] for text in texts]), dim=1).half()
     numbers = {row.text: i for i, row in enumerate(load_reviews())}
+    lines = {row["text"]: i for i, row in reversed([*enumerate(read_table(sentiment_runs.PARAPHRASES))])}
     about = {
         "reviews": " ".join(str(numbers[review]) for review, _ in drawn_pairs()),
-        "order": f"{N_DRAWN} reviews (numbers of load_reviews), then the first kept rewriting of each",
+        "rewritings": " ".join(str(lines[copy]) for _, copy in drawn_pairs()),
+        "order": "reviews (places in load_reviews()), then their rewritings (rows of sentiment_paraphrases.tsv)",
         "torch": torch.__version__,
         "hardware": cpu_name(),
     }
