@@ -435,12 +435,24 @@ REFERENCES = ("frozen, every token", "frozen", "centred", "whitened", "counts", 
 TRAINED = ("SimCSE, dropout", "SimCSE, pairs", "pairs, shuffled")
 METHODS = (*REFERENCES, *TRAINED)
 
-USUAL = {"learning_rate": 1e-4, "temperature": 0.05, "dropout": 0.1, "n_steps": 48}
+USUAL = {"learning_rate": 3e-4, "temperature": 0.05, "dropout": 0.1, "n_steps": 48}
 EVERY = 16  # steps after which a trial is judged: each is a trial of so many steps
-# Each changes one setting of `USUAL`.
+# Each changes one setting of `USUAL`; the last of each list were added when the others were known.
 TRIALS: dict[str, list[dict[str, float]]] = {
-    method: [{}, {"learning_rate": 3e-5}, {"learning_rate": 3e-4}, {"temperature": 0.1}, {"dropout": second}]
-    for method, second in (("SimCSE, dropout", 0.2), ("SimCSE, pairs", 0.0))
+    "SimCSE, dropout": [
+        {},
+        *({"learning_rate": rate} for rate in (3e-5, 1e-4, 1e-3)),
+        {"temperature": 0.1},
+        {"dropout": 0.2},
+        {"dropout": 0.05},
+    ],
+    "SimCSE, pairs": [
+        {},
+        *({"learning_rate": rate} for rate in (1e-4, 1e-3)),
+        {"temperature": 0.1},
+        {"dropout": 0.0},
+        {"dropout": 0.0, "learning_rate": 1e-3},
+    ],
 }
 
 
