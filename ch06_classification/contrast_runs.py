@@ -9,9 +9,12 @@ times as long as the others and nearly the same in all texts ("frozen, every tok
 Blocks 17 to 20 are trained on the cached states of the frozen blocks below, as in `spam_runs.py`. "SimCSE, dropout"
 passes each text twice through different dropout masks; "SimCSE, pairs" has a training review and its rewriting by
 SmolLM2 (those that `sentiment_runs.near_enough` keeps, which asks MiniLM); "pairs, shuffled" has the same reviews with
-rewritings of other ones. Learned from are texts of the training splits of reviews, messages and instructions, and the
-general-knowledge questions; of the stories, of sentence_pairs.tsv and of validation and test splits nothing. Among them
-are the messages and reviews from which the few labelled ones are drawn, without their labels.
+rewritings of other ones. In a variant, "centred" behind the name, the mean vector of the frozen model is taken from
+all vectors, in training too; variants and shuffled pairs have the settings of their originals, without trials.
+
+Learned from are texts of the training splits of reviews, messages and instructions, and the general-knowledge
+questions; of the stories, of sentence_pairs.tsv and of validation and test splits nothing. Among them are the messages
+and reviews from which the few labelled ones are drawn, without their labels.
 
 Every row of `contrast.csv` has the role "compared" (seeds 0, 1 and 2 where something is random) or "choice" (seed 9).
 A choice is made by the lowest contrastive loss on the rewritings of 64 training reviews that these runs do not learn
@@ -152,10 +155,15 @@ def plain_texts() -> tuple[str, ...]:
     return tuple(text for text in dict.fromkeys(texts) if text not in kept)
 
 
+def base_of(method: str) -> str:
+    """Return the method whose pairs a variant has."""
+    return method.removesuffix(", centred")
+
+
 def training_pairs(method: str, role: str, seed: int) -> list[tuple[str, str]]:
     """Return the pairs that a method learns from; those of a trial leave the watched reviews out."""
     out = watched() if role == "choice" else frozenset()
-    if method == "SimCSE, dropout":
+    if base_of(method) == "SimCSE, dropout":
         # The partner is the text itself, through another dropout mask.
         return [(text, text) for text in plain_texts() if text not in out]
     pairs = [pair for pair in rewritten("train") if pair[0] not in out]
@@ -239,11 +247,16 @@ def pair_batches(
 
 
 def summed_pair_loss(
-    body: GPTModel, inputs: tuple[Tensor, Tensor], numbers: Tensor, *, temperature: float
+    body: GPTModel,
+    inputs: tuple[Tensor, Tensor],
+    numbers: Tensor,
+    *,
+    temperature: float,
+    shift: Tensor | float,
 ) -> Tensor:
     """Return the contrastive loss times the pairs of the batch; partners of one and the same text are not negatives."""
     states, mask = inputs
-    first, second = pooled(body.hidden_states(states), mask).chunk(2)
+    first, second = (pooled(body.hidden_states(states), mask) - shift).chunk(2)
     same = numbers[:, None] == numbers
     return contrastive_loss(pair_logits(first, second, 1 / temperature), same) * len(numbers)
 
@@ -273,7 +286,7 @@ def train_body(
         pair_batches(pairs, BATCH_SIZE, seed=seed),
         torch.optim.AdamW(trained, learning_rate, weight_decay=WEIGHT_DECAY),
         n_steps=n_steps,
-        loss=partial(summed_pair_loss, temperature=temperature),
+        loss=partial(summed_pair_loss, temperature=temperature, shift=shift_of(method)),
         schedule=lambda k: min(1.0, (k + 1) / N_WARMUP),
         evaluate_every=evaluate_every,
         on_evaluate=None if on_evaluate is None else lambda step: on_evaluate(body, step),
@@ -396,6 +409,11 @@ def frozen_vectors() -> tuple[Tensor, Tensor]:
     return mean_vectors(body, judged_texts()), mean_vectors(body, plain_texts())
 
 
+def shift_of(method: str) -> Tensor | float:
+    """Return what is taken from all vectors of a trained method: the frozen model's mean vector, or nothing."""
+    return frozen_vectors()[1].mean(0) if method.endswith(", centred") else 0.0
+
+
 def whitened(judged: Tensor, known: Tensor) -> Tensor:
     """Return vectors turned and stretched so that those known have no correlations, in `N_WHITENED` directions."""
     mean = known.double().mean(0)
@@ -423,16 +441,23 @@ def fixed_vectors(method: str) -> dict[str, Tensor]:
 @cache
 def trained_vectors(method: str, seed: int, settings: tuple[tuple[str, float], ...]) -> dict[str, Tensor]:
     """Return the vectors of a method that is trained, and under the key "seconds" what that cost."""
-    started = time.process_time()
+    shift_of(method)
     states_of([text for pair in training_pairs(method, "compared", seed) for text in pair])
     started = time.process_time()
     body = train_body(method, "compared", seed, **dict(settings))
     seconds = time.process_time() - started
-    return by_text(mean_vectors(body, judged_texts())) | {"seconds": torch.tensor(seconds)}
+    vectors = mean_vectors(body, judged_texts()) - shift_of(method)
+    return by_text(vectors) | {"seconds": torch.tensor(seconds)}
 
 
 REFERENCES = ("frozen, every token", "frozen", "centred", "whitened", "counts", "MiniLM", "BM25")
-TRAINED = ("SimCSE, dropout", "SimCSE, pairs", "pairs, shuffled")
+TRAINED = (
+    "SimCSE, dropout",
+    "SimCSE, pairs",
+    "pairs, shuffled",
+    "SimCSE, dropout, centred",
+    "SimCSE, pairs, centred",
+)
 METHODS = (*REFERENCES, *TRAINED)
 
 USUAL = {"learning_rate": 3e-4, "temperature": 0.05, "dropout": 0.1, "n_steps": 48}
@@ -457,8 +482,8 @@ TRIALS: dict[str, list[dict[str, float]]] = {
 
 
 def chosen(method: str) -> dict[str, float]:
-    """Return the settings of the trial with the lowest loss on held-out pairs; the control has those of the pairs."""
-    name = "SimCSE, pairs" if method == "pairs, shuffled" else method
+    """Return the settings of the trial with the lowest loss on held-out pairs; control and variants had no trials."""
+    name = "SimCSE, pairs" if method == "pairs, shuffled" else base_of(method)
     tried = [row for row in read_rows(RESULTS) if row["role"] == "choice" and row["method"] == name]
     tried = [row for row in tried if row["n_steps"] != "0"]
     best = min(tried, key=lambda row: float(row["pair_loss"]))
