@@ -372,10 +372,10 @@ def measures(vectors: dict[str, Tensor]) -> Row:
     sms, reviews = load_sms(), load_reviews()
     # Cosines of pairs of sentences against the scores that they were written for.
     table = read_table(SENTENCE_PAIRS)
-    cosines = [float(vectors[row["first"]] @ vectors[row["second"]]) for row in table]
+    cosines = [float(vectors[row["first"]].double() @ vectors[row["second"]].double()) for row in table]
     found: Row = {
         "spearman": round(spearman(cosines, [float(row["score"]) for row in table]), 4),
-        "cosines": " ".join(f"{cosine:.5f}" for cosine in cosines),
+        "cosines": " ".join(f"{cosine:.7f}" for cosine in cosines),
     }
     # Passages for questions.
     passages = torch.stack([vectors[text] for text in sentence_runs.story_passages()[0]])
