@@ -1,6 +1,6 @@
 """Train sentence vectors by contrast (SimCSE) on SmolLM2's states, and record what they are good for, and what not.
 
-    python contrast_runs.py                  everything that the record lacks, about fifty minutes of one core
+    python contrast_runs.py                  everything that the record lacks, about seventy minutes of one core
     python contrast_runs.py --role choice    only the trials of settings, or only what is compared
     python contrast_runs.py --vectors        make contrast_vectors.safetensors: vectors of forty texts, for drawing
 
