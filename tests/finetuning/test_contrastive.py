@@ -54,3 +54,22 @@ def test_bad_input() -> None:
             contrastive_loss(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"same must be \(3, 3\), got \(2, 2\)"):
         contrastive_loss(torch.zeros(3, 3), torch.eye(2, dtype=torch.bool))
+
+
+def test_identical_pairs_stay_at_ln_2_unless_they_are_said_to_be_the_same():
+    twins = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    for scale in (1.0, 20.0, 1000.0):
+        logits = pair_logits(twins, twins, scale)
+        torch.testing.assert_close(contrastive_loss(logits), torch.tensor(math.log(2)))
+        assert contrastive_loss(logits, torch.ones(2, 2, dtype=torch.bool)).item() == 0
+
+
+def test_accumulated_batches_are_not_one_large_batch():
+    torch.manual_seed(0)
+    first, second = torch.randn(8, 5), torch.randn(8, 5)
+    whole = contrastive_loss(pair_logits(first, second, 20))
+    halves = [
+        contrastive_loss(pair_logits(first[part], second[part], 20)) for part in (slice(4), slice(4, 8))
+    ]
+    # Each row has more to be mistaken for in the large batch.
+    assert whole > sum(halves) / 2 + 0.1
