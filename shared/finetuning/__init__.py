@@ -3,10 +3,11 @@
 - `features`: what a frozen model computes of texts, computed once and kept.
 - `tuning`: a GPT with a classification head, trained in part or whole.
 - `augmentation`: other texts with the same label.
+- `adversarial`: attacks on texts by their spelling, and training against the worst shift of embeddings.
 - `encoders`: a BERT with a classification head.
 - `embeddings`: texts to vectors whose direction is their meaning.
 - `retrieval`: search in texts, by meaning and by words.
-- `contrastive`: pairs that shall find each other: cosines, their factor, CLIP's loss.
+- `contrastive`: pairs that shall find each other: cosines, their factor, the loss in both directions.
 - `clip`: CLIP, an image encoder and a text encoder that meet in one space.
 - `classification`: texts to labels with probabilities; the course's spam filter.
 - `conversations`: what to learn from: checked, read from JSONL, compared with the test set.

@@ -61,6 +61,7 @@ TEACHES_OR_MEASURES: dict[str, str] = {
     "ch05_pretraining/compile_speed.py": "times one step, compiled and not",
     "ch05_pretraining/distributed_demo.py": "counts the traffic of single steps of DDP and FSDP2",
     "ch06_classification/01_spam.ipynb": "a head alone, a few lines; L-BFGS, which asks for the loss many times a step",
+    "ch06_classification/04_contrast.ipynb": "points on a circle, which are no model",
     "deployment/06_privacy.ipynb": "gradients of single rows one by one, proven against all at once and against Opacus",
     "deployment/privacy_runs.py": "forgetting: one loss goes up while another goes down, in one step",
     "shared/finetuning/classification.py": "L-BFGS, which asks for the loss many times a step",
