@@ -176,6 +176,7 @@ MODELS: dict[str, tuple[str, str, bool, int]] = {
     "network, copies": ("network", "none", True, 0),
     "network, FGM": ("network", "none", False, 1),
     "network, PGD": ("network", "none", False, N_STEPS),
+    "network, undisguised, FGM": ("network", "undisguise", False, 1),
     "network, undisguised, copies, FGM": ("network", "undisguise", True, 1),
 }
 ONE_SEED = {"network, PGD"}  # it is only asked whether a second step matters
