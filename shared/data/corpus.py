@@ -94,6 +94,28 @@ class Question:
 
 
 @dataclass(frozen=True)
+class ReadingQuestion:
+    """One question on a bundled story, and where the story answers it.
+
+    Attributes:
+        question: Understandable without the passage.
+        answers: Versions of one span of the evidence, such as "ninety-four" and "ninety-four stairs"; none if the story
+            has no answer.
+        story: The story's title.
+        evidence: A quotation, once in the story: what holds the answer, or what looks as if it did.
+        kind: "near" shares words with the evidence, "far" asks in other words, "none" has no answer.
+        second: What a second reader answered who had not seen the first answers; "" for no answer.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    story: str
+    evidence: str
+    kind: str
+    second: str
+
+
+@dataclass(frozen=True)
 class UnansweredQuestion:
     """One question that has no answer, why not, and its kind: `invented`, `presupposition` or `unknowable`."""
 
@@ -235,6 +257,19 @@ def load_questions(category: str | None = None) -> list[Question]:
     if category is not None:
         check_choice("category", category, known)
     return [question for question in questions if category in (None, question.category)]
+
+
+def load_reading_questions(kind: str | None = None) -> list[ReadingQuestion]:
+    """Return the questions on the bundled stories of one kind (`near`, `far`, `none`), or all of them.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if kind is not None:
+        check_choice("kind", kind, ("near", "far", "none"))
+    entries = json.loads((DATA / "reading_questions.json").read_text(encoding="utf-8"))
+    questions = [ReadingQuestion(**{**entry, "answers": tuple(entry["answers"])}) for entry in entries]
+    return [question for question in questions if kind in (None, question.kind)]
 
 
 def load_unanswerable(kind: str | None = None) -> list[UnansweredQuestion]:

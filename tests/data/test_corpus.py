@@ -17,6 +17,7 @@ from shared.data.corpus import (
     load_languages,
     load_personal_data,
     load_questions,
+    load_reading_questions,
     load_reviews,
     load_second_labels,
     load_sms,
@@ -38,6 +39,7 @@ TEXT_FILES = (
     "languages.tsv",
     "pii_lines.jsonl",
     "tales_grammar.txt",
+    "reading_questions.json",
     "unanswerable.json",
     "filter_lessons.tsv",
     "filter_rules.tsv",
@@ -310,3 +312,27 @@ def test_personal_data():
         assert (line.kind == "none") == (not line.spans)
     with pytest.raises(ValueError, match="split must be one of development, test"):
         load_personal_data("train")
+
+
+def test_reading_questions_have_their_answers_where_they_say():
+    stories = {story.title: story.text for story in load_stories()}
+    questions = load_reading_questions()
+    assert Counter((question.story, question.kind) for question in questions) == {
+        (title, kind): n for title in stories for kind, n in (("near", 8), ("far", 8), ("none", 5))
+    }
+    agreed = 0
+    for question in questions:
+        assert question.question.endswith("?") and len(question.evidence.split()) <= 60
+        assert stories[question.story].count(question.evidence) == 1
+        assert bool(question.answers) == (question.kind != "none")
+        assert all(answer in question.evidence for answer in question.answers)
+        assert question.second in stories[question.story]
+        bare = re.sub(r"^(the|an|a) ", "", question.second.lower())
+        agreed += bare in [
+            re.sub(r"^(the|an|a) ", "", answer.lower()) for answer in question.answers or ("",)
+        ]
+    assert agreed >= 245
+    assert len({question.question for question in questions}) == len(questions)
+    assert len(load_reading_questions("none")) == 60
+    with pytest.raises(ValueError, match="kind"):
+        load_reading_questions("silly")
