@@ -66,9 +66,12 @@ def replace_letter(text: str, rng: random.Random, table: Mapping[str, str]) -> s
 def insert_mark(text: str, rng: random.Random, marks: str) -> str:
     """Put a mark, such as a space or a dot, between two letters of a word; the text as it is if it has no such place.
 
-    Raises TypeError if `text` is no string.
+    Raises:
+        ValueError: There is no mark.
+        TypeError: `text` is no string.
     """
     check_text("text", text)
+    require("marks", marks, len(marks) > 0, "at least one character")
     places = [i for word in LETTERS.finditer(text) for i in range(word.start() + 1, word.end())]
     if not places:
         return text
@@ -77,8 +80,14 @@ def insert_mark(text: str, rng: random.Random, marks: str) -> str:
 
 
 def append_word(text: str, rng: random.Random, words: Sequence[str]) -> str:
-    """Put one of the words at the end of a text. Raises TypeError if `text` is no string."""
+    """Put one of the words at the end of a text.
+
+    Raises:
+        ValueError: There is no word.
+        TypeError: `text` is no string.
+    """
     check_text("text", text)
+    require("words", len(words), len(words) > 0, "at least one")
     return f"{text} {rng.choice(words)}"
 
 

@@ -71,6 +71,13 @@ def test_small_cases():
             change(None, rng)
 
 
+def test_nothing_to_choose_from_is_refused():
+    with pytest.raises(ValueError, match="marks must be at least one character"):
+        insert_mark("a", random.Random(0), "")
+    with pytest.raises(ValueError, match="words must be at least one"):
+        append_word("a", random.Random(0), [])
+
+
 def length_score(texts: list[str]) -> list[float]:
     return [1 - len(text) / 20 for text in texts]
 
