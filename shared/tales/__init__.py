@@ -11,6 +11,8 @@
 - `errors`: sentences with one wrong word.
 - `instructions`: questions about stories, with their answers.
 - `look_ups`: rules that answer some of these questions and understand nothing.
+- `questions`: questions whose answers are spans of a story, and questions that the story does not answer.
+- `question_look_ups`: rules that look for the span and understand nothing.
 """
 
 from shared.tales.distribution import expected_loss, next_tokens

@@ -172,6 +172,15 @@ def derivations(text: str) -> list[Story]:
     return found
 
 
+def variables(story: Story) -> dict[str, Entry]:
+    """Return the variables of a story's plan with the entries that this story holds.
+
+    Raises ValueError if the text is not a story of its plan, or the plan is unknown."""
+    for _, bound in _matches(_start(story.plan), story.text, 0, {}, 0.0):
+        return bound
+    raise ValueError(f"not a story of the plan {story.plan}: {story.text[:80]!r}")
+
+
 def _facts(plan: Plan, bound: dict[str, Entry]) -> dict[str, str]:
     return {key: "".join(_write(node, bound) for node in nodes) for key, nodes in plan.facts.items()}
 
