@@ -6,7 +6,6 @@
 - `adversarial`: attacks on texts by their spelling, and training against the worst shift of embeddings.
 - `encoders`: a BERT with a classification head.
 - `embeddings`: texts to vectors whose direction is their meaning.
-- `retrieval`: search in texts, by meaning and by words.
 - `contrastive`: pairs that shall find each other: cosines, their factor, the loss in both directions.
 - `clip`: CLIP, an image encoder and a text encoder that meet in one space.
 - `classification`: texts to labels with probabilities; the course's spam filter.
@@ -20,6 +19,9 @@
 - `judge_client`: how a judge is asked, with limits, tries and waits.
 - `judge`: a language model as a judge: rubric, schema, strict parser, pairs in both orders.
 - `local_judge`: a chat model on this machine that judges by the probability of its next token.
+- `spans`: pieces of a text as characters and as tokens, windows over long texts.
+- `question_answering`: answers that are spans of a text, or silence.
+- `retrieval`: search in texts, by words and by meaning.
 - `lora_layer`: a linear map with low-rank adapters beside it: LoRA, rsLoRA, DoRA.
 - `lora`: adapters in a model, attached by one call and taken off without a trace.
 - `packed_base`: a frozen base whose weights stay in the blocks of a GGUF file.

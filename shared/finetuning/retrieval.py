@@ -9,7 +9,8 @@ question and passage together to sort what was found.
 Follows Karpukhin et al. (2020, "Dense Passage Retrieval for Open-Domain Question Answering") and
 Robertson and Zaragoza (2009, "The Probabilistic Relevance Framework: BM25 and Beyond").
 
-Explained and proven in appendix_vit_bert/02_sentence_embeddings.ipynb; written from there by `make promote`.
+Explained and proven in ch07_instruction/03_question_answering.ipynb and
+appendix_vit_bert/02_sentence_embeddings.ipynb; written from there by `make promote`.
 """
 
 import json
@@ -32,6 +33,102 @@ from shared.finetuning.embeddings import TextEmbedder
 from shared.finetuning.evaluation import rouge_words
 from shared.text.chat_format import Message
 from shared.weights.files import write_folder
+
+
+class BM25:
+    """Search by words: the score of a text is a sum over the query's words that stand in it.
+
+    A word counts more where fewer texts have it and the oftener it stands in this one, with diminishing returns, and
+    less in a long text.
+
+    Args:
+        texts: What is searched.
+        k1: How slowly repetitions lose their value.
+        b: How much length counts, from 0 (not) to 1 (in proportion).
+
+    Raises:
+        ValueError: There is no text, `k1` is below 0, or `b` not between 0 and 1.
+        TypeError: `texts` is one text, or holds something else.
+    """
+
+    def __init__(self, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> None:
+        check_several("texts", texts)
+        require("texts", len(texts), len(texts) > 0, "at least one")
+        require("k1", k1, k1 >= 0, "at least 0")
+        check_between("b", b, 0, 1)
+        counts = [Counter(rouge_words(text)) for text in texts]
+        lengths = np.array([count.total() for count in counts])
+        penalty = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
+        self.n_texts = len(texts)
+        # For each word the texts that have it, and what it adds to their scores.
+        found: dict[str, list[tuple[int, float]]] = {}
+        for place, count in enumerate(counts):
+            for word, n in count.items():
+                found.setdefault(word, []).append((place, n * (k1 + 1) / (n + penalty[place])))
+        self.added: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for word, entries in found.items():
+            rarity = math.log(1 + (len(texts) - len(entries) + 0.5) / (len(entries) + 0.5))
+            places, gains = zip(*entries, strict=True)
+            self.added[word] = np.array(places), rarity * np.array(gains)
+
+    def scores(self, query: str) -> np.ndarray:
+        """Return the score of each text, float64 (texts,); 0 where it has no word of the query."""
+        total = np.zeros(self.n_texts)
+        for word in rouge_words(query):
+            if word in self.added:
+                places, gains = self.added[word]
+                total[places] += gains
+        return total
+
+
+def recall_at(ranked: Sequence[Sequence[int]], right: Sequence[Collection[int]], k: int) -> float:
+    """Return the share of the questions that have a right passage among the first `k`.
+
+    Args:
+        ranked: For each question the places of passages, the best first, at least `k`.
+        right: For each question the places of the passages that answer it, at least one.
+        k: How many are looked at.
+
+    Raises:
+        ValueError: The numbers of questions differ or are 0, `k` is below 1 or above what was ranked, or a question has
+            no right passage.
+    """
+    require(
+        "right", len(right), 0 < len(right) == len(ranked), f"{max(1, len(ranked))}, one for each question"
+    )
+    shortest = min(len(places) for places in ranked)
+    require("k", k, whole_number("k", k) <= shortest, f"at most {shortest}, the places that were ranked")
+    require("right", "an empty one", all(right), "places of at least one passage each")
+    hits = [
+        any(int(place) in wanted for place in places[:k])
+        for places, wanted in zip(ranked, right, strict=True)
+    ]
+    return sum(hits) / len(hits)
+
+
+def combined_scores(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
+    """Return two searches as one: (1 - weight) times the first and weight times the second, in the same unit.
+
+    The scores of each question are given the mean 0 and the standard deviation 1 over the texts; where all are equal
+    they are 0.
+
+    Args:
+        first, second: Scores (questions, texts).
+        weight: From 0, the first alone, to 1.
+
+    Raises:
+        ValueError: The shapes differ, or the weight is not between 0 and 1.
+    """
+    require(
+        "second", second.shape, first.ndim == 2 and first.shape == second.shape, f"{first.shape} as first"
+    )
+    check_between("weight", weight, 0, 1)
+    parts = []
+    for scores in (first, second):
+        spread = scores.std(axis=1, keepdims=True)
+        parts.append((scores - scores.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1))
+    return (1 - weight) * parts[0] + weight * parts[1]
+
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'])\s+")
 
@@ -196,77 +293,6 @@ class SearchIndex:
                 f"the embedder's, {embedder.width}",
             )
         return index
-
-
-def recall_at(ranked: Sequence[Sequence[int]], right: Sequence[Collection[int]], k: int) -> float:
-    """Return the share of the questions that have a right passage among the first `k`.
-
-    Args:
-        ranked: For each question the places of passages, the best first, at least `k`.
-        right: For each question the places of the passages that answer it, at least one.
-        k: How many are looked at.
-
-    Raises:
-        ValueError: The numbers of questions differ or are 0, `k` is below 1 or above what was ranked, or a question has
-            no right passage.
-    """
-    require(
-        "right", len(right), 0 < len(right) == len(ranked), f"{max(1, len(ranked))}, one for each question"
-    )
-    shortest = min(len(places) for places in ranked)
-    require("k", k, whole_number("k", k) <= shortest, f"at most {shortest}, the places that were ranked")
-    require("right", "an empty one", all(right), "places of at least one passage each")
-    hits = [
-        any(int(place) in wanted for place in places[:k])
-        for places, wanted in zip(ranked, right, strict=True)
-    ]
-    return sum(hits) / len(hits)
-
-
-class BM25:
-    """Search by words: the score of a text is a sum over the query's words that stand in it.
-
-    A word counts more where fewer texts have it and the oftener it stands in this one, with diminishing returns, and
-    less in a long text.
-
-    Args:
-        texts: What is searched.
-        k1: How slowly repetitions lose their value.
-        b: How much length counts, from 0 (not) to 1 (in proportion).
-
-    Raises:
-        ValueError: There is no text, `k1` is below 0, or `b` not between 0 and 1.
-        TypeError: `texts` is one text, or holds something else.
-    """
-
-    def __init__(self, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> None:
-        check_several("texts", texts)
-        require("texts", len(texts), len(texts) > 0, "at least one")
-        require("k1", k1, k1 >= 0, "at least 0")
-        check_between("b", b, 0, 1)
-        counts = [Counter(rouge_words(text)) for text in texts]
-        lengths = np.array([count.total() for count in counts])
-        penalty = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))
-        self.n_texts = len(texts)
-        # For each word the texts that have it, and what it adds to their scores.
-        found: dict[str, list[tuple[int, float]]] = {}
-        for place, count in enumerate(counts):
-            for word, n in count.items():
-                found.setdefault(word, []).append((place, n * (k1 + 1) / (n + penalty[place])))
-        self.added: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for word, entries in found.items():
-            rarity = math.log(1 + (len(texts) - len(entries) + 0.5) / (len(entries) + 0.5))
-            places, gains = zip(*entries, strict=True)
-            self.added[word] = np.array(places), rarity * np.array(gains)
-
-    def scores(self, query: str) -> np.ndarray:
-        """Return the score of each text, float64 (texts,); 0 where it has no word of the query."""
-        total = np.zeros(self.n_texts)
-        for word in rouge_words(query):
-            if word in self.added:
-                places, gains = self.added[word]
-                total[places] += gains
-        return total
 
 
 def reading_prompt(question: str, passages: Sequence[str] = ()) -> list[Message]:

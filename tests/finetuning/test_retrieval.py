@@ -17,7 +17,15 @@ from safetensors.torch import save_file
 from shared.data.corpus import load_stories
 from shared.finetuning.embeddings import TextEmbedder, load_embedder
 from shared.finetuning.evaluation import rouge_words
-from shared.finetuning.retrieval import BM25, Hit, SearchIndex, reading_prompt, recall_at, split_passages
+from shared.finetuning.retrieval import (
+    BM25,
+    Hit,
+    SearchIndex,
+    combined_scores,
+    reading_prompt,
+    recall_at,
+    split_passages,
+)
 from tests.timing import seconds
 
 TEXTS = ["the lamp is lit", "a storm at sea", "the keeper sleeps"]
@@ -116,6 +124,36 @@ def test_bad_arguments_of_bm25() -> None:
         BM25(["a"], k1=-1)
     with pytest.raises(ValueError, match="b must be between 0 and 1"):
         BM25(["a"], b=2)
+
+
+def test_rare_cases_of_bm25() -> None:
+    np.testing.assert_allclose(BM25(["x", "x", "y", "y"]).scores("x"), [math.log(2), math.log(2), 0, 0])
+    np.testing.assert_allclose(BM25(["x", "x", "x"]).scores("x"), 0.1335, atol=5e-5)
+
+
+# --- two searches together
+
+
+def test_two_searches_together() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.random((5, 9)), 100 * rng.random((5, 9)) - 7
+    for weight, alone in ((0, first), (1, second)):
+        assert (combined_scores(first, second, weight).argsort(1) == alone.argsort(1)).all()
+    half = combined_scores(first, second, 0.5)
+    # The units play no part.
+    np.testing.assert_allclose(half, combined_scores(10 * first + 3, second, 0.5))
+    np.testing.assert_allclose(half.mean(axis=1), 0, atol=1e-12)
+    # Where a search finds nothing, the other decides.
+    np.testing.assert_allclose(
+        combined_scores(np.zeros((1, 3)), np.array([[0.0, 1.0, 2.0]]), 0.5)[0, 1], 0, atol=1e-12
+    )
+
+
+def test_bad_searches_together() -> None:
+    with pytest.raises(ValueError, match=r"second must be \(2, 3\) as first"):
+        combined_scores(np.zeros((2, 3)), np.zeros((2, 4)), 0.5)
+    with pytest.raises(ValueError, match="weight must be between 0 and 1"):
+        combined_scores(np.zeros((2, 3)), np.zeros((2, 3)), 1.5)
 
 
 # --- search by meaning
