@@ -48,7 +48,7 @@ def best_span(scores: Tensor, max_tokens: int) -> tuple[float, Span]:
     first, last = scores.unbind(-1)
     best, span = -math.inf, (0, 1)
     for length in range(1, min(max_tokens, len(first)) + 1):
-        sums = first[: len(first) - length + 1] + last[length - 1 :]  # from each place on
+        sums = first[: len(first) - length + 1] + last[length - 1 :]  # of the span from each place on
         place = int(sums.argmax())
         if sums[place] > best:
             best, span = float(sums[place]), (place, place + length)
@@ -70,11 +70,11 @@ def window_batch(windows: Sequence[Window]) -> WindowBatch:
 class SpanModel(nn.Module):
     """A GPT with two scores for each token in place of its output head: as the first of an answer, and as the last.
 
-    Follows Devlin et al. (2019, "BERT"), section 4.2. The head begins with zeros: all places are equally probable.
+    Follows Devlin et al. (2019, "BERT"), sections 4.2 and 4.3. The head begins with zeros: allowed places are equal.
 
     Args:
-        body: Its states are read.
-        bidirectional: Whether tokens see those after them, too. Then the attention of the body itself is changed.
+        body: The GPT whose states (the vectors after its last block) the head reads.
+        bidirectional: Whether tokens see those after them, too. If so, the attention of `body` itself is changed.
     """
 
     def __init__(self, body: GPTModel, *, bidirectional: bool = False) -> None:
@@ -87,9 +87,9 @@ class SpanModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """Return the scores (windows, tokens, 2), minus infinity where no answer may be."""
+        """Return the scores (windows, tokens, 2), minus infinity at places where no answer may begin or end."""
         ids, mask, allowed = batch
-        # Padding stands on the right: only a token that looks ahead could see it.
+        # Padding stands on the right, so without looking ahead no real token sees it and no mask is needed.
         options = {"key_padding_mask": mask} if self.bidirectional else {}
         scores = self.head(self.body.hidden_states(ids, **options)).float()
         return scores.masked_fill(~allowed[..., None], -math.inf)
@@ -104,7 +104,7 @@ def span_loss(model: SpanModel, batch: WindowBatch, targets: Tensor) -> Tensor:
 class Answer:
     """What a reader found: `text` is `passage[start:end]`, or "" for no answer, and then `start` and `end` are 0.
 
-    `margin` says by how much the best span beats "no answer", in units of scores; it is known for both.
+    `margin` says by how much the score of the best span is above that of "no answer"; it is given for silence, too.
     """
 
     text: str
@@ -119,10 +119,10 @@ class Reader:
 
     Attributes:
         model: Gives the scores.
-        encoding: The tokenizer of its body.
+        encoding: The tokenizer of the model's body.
         threshold: An answer is given if its margin is at least this.
-        overlap: Tokens that neighbouring windows share.
-        max_tokens: Of the longest answer.
+        overlap: How many tokens of the passage neighbouring windows share.
+        max_tokens: How many tokens the longest answer may have.
     """
 
     model: SpanModel
@@ -158,7 +158,7 @@ class Reader:
             start: Where the answer begins in the passage; any number if `answer` is "", for a question without one.
 
         Raises:
-            ValueError: The passage does not have the answer there, or as `windows`.
+            ValueError: The passage does not have the answer at `start`; and as in `windows`.
             TypeError: As `windows`.
         """
         windows, spans = self.windows(question, passage)
@@ -177,7 +177,7 @@ class Reader:
         """Return the answer to each question from its own passage.
 
         Raises:
-            ValueError: The numbers differ, or as `windows`.
+            ValueError: There are not as many passages as questions; and as in `windows`.
             TypeError: As `windows`.
         """
         n = len(questions)
@@ -227,7 +227,7 @@ class Reader:
         old, new = dict(before.named_parameters()), dict(self.model.body.named_parameters())
         for name in sorted(old.keys() | new.keys()):
             fits = name in old and name in new and old[name].shape == new[name].shape
-            require("body", f"another {name}", fits, f"of the shapes of {base}")
+            require("body", f"another {name}", fits, f"with the tensors and shapes of {base}")
         tensors = {name: (new[name].detach() - old[name].detach()).bfloat16() for name in old}
         tensors = {f"body.{name}": change for name, change in tensors.items() if change.any()}
         tensors |= {f"head.{name}": p.detach() for name, p in self.model.head.named_parameters()}
@@ -239,9 +239,9 @@ class Reader:
 def span_batches(
     examples: Iterable[tuple[Window, Span]], batch_size: int, *, pool: int = 4, seed: int = 0
 ) -> Iterator[tuple[WindowBatch, Tensor]]:
-    """Yield (batch, targets) of examples as they come; `pool` batches at a time are sorted by length and mixed.
+    """Yield (batch, targets): examples for `pool` batches are read, sorted by length, and the batches shuffled.
 
-    What is left at the end of a pool and does not fill a batch makes a smaller one. Raises ValueError if a number is
+    What does not fill a batch at the end of the source makes a smaller one. Raises ValueError if a number is
     below 1.
     """
     check_sizes(batch_size=batch_size, pool=pool)
@@ -279,7 +279,7 @@ def load_reader(name_or_folder: str | os.PathLike[str]) -> Reader:
     require(
         "folder", os.fspath(folder), weights_hash(body) == expected, f"made for the {base} of this machine"
     )
-    # Base plus difference; the head is whole.
+    # Base plus difference; the head has no base and is stored in full.
     model = SpanModel(body, bidirectional=bidirectional)
     wanted = dict(model.named_parameters())
     complete = {"head.weight", "head.bias"} <= tensors.keys() <= wanted.keys()
@@ -300,7 +300,7 @@ def fit_threshold(margins: Sequence[float], f1: Sequence[float], unanswerable: S
 
     Args:
         margins: Of each question, as in `Answer`.
-        f1: What the answer is worth if it is given; of an unanswerable question that does not matter.
+        f1: What each answer is worth if it is given; for an unanswerable question it does not matter.
         unanswerable: Whether silence is right.
 
     Raises:

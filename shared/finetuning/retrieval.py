@@ -38,13 +38,13 @@ from shared.weights.files import write_folder
 class BM25:
     """Search by words: the score of a text is a sum over the query's words that stand in it.
 
-    A word counts more where fewer texts have it and the oftener it stands in this one, with diminishing returns, and
+    A word counts more if fewer texts have it, and more the more often it stands in this text, though ever less so, and
     less in a long text.
 
     Args:
         texts: What is searched.
         k1: How slowly repetitions lose their value.
-        b: How much length counts, from 0 (not) to 1 (in proportion).
+        b: How much the length counts, from 0 (not at all) to 1 (fully).
 
     Raises:
         ValueError: There is no text, `k1` is below 0, or `b` not between 0 and 1.
@@ -107,7 +107,7 @@ def recall_at(ranked: Sequence[Sequence[int]], right: Sequence[Collection[int]],
 
 
 def combined_scores(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
-    """Return two searches as one: (1 - weight) times the first and weight times the second, in the same unit.
+    """Return two searches as one: (1 - weight) times the first plus weight times the second, on the same scale.
 
     The scores of each question are given the mean 0 and the standard deviation 1 over the texts; where all are equal
     they are 0.

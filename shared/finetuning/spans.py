@@ -1,9 +1,10 @@
 """Pieces of a text, as characters and as tokens, and windows over texts that are longer than a model reads.
 
-Left out: tokenizers that change the text before they cut it, such as those that fold case.
+Left out: tokenizers that change the text before they cut it, such as those that make all letters small.
 
-Follows Devlin et al. (2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
-Understanding") for windows that overlap.
+Windows that overlap follow the program `run_squad.py` that was published with BERT (Devlin et al., 2019,
+"BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"); the paper does not
+describe them.
 
 Explained and proven in ch07_instruction/03_question_answering.ipynb; written from there by `make promote`.
 """
@@ -21,7 +22,7 @@ Span = tuple[int, int]  # where something begins, and the place after its end
 def token_spans(encoding: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
     """Return the ids of a text, and the characters of each: token i covers `text[start:end]`.
 
-    A character of several bytes may be spread over tokens; each of them covers all of it. Raises TypeError if it is no
+    A character of several bytes may be spread over several tokens; each covers all of it. Raises TypeError if it is no
     text.
     """
     check_text("text", text)
@@ -39,7 +40,7 @@ def token_spans(encoding: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
 def to_tokens(spans: Sequence[Span], start: int, end: int) -> Span:
     """Return the tokens that cover the characters from `start` up to `end`: the first, and the place after the last.
 
-    Raises ValueError if these are no characters, or lie outside of what the tokens cover.
+    Raises ValueError if the stretch is empty, or lies outside of what the tokens cover.
     """
     low, high = (spans[0][0], spans[-1][1]) if spans else (0, 0)
     require("start, end", (start, end), low <= start < end <= high, f"characters between {low} and {high}")
@@ -48,7 +49,7 @@ def to_tokens(spans: Sequence[Span], start: int, end: int) -> Span:
 
 
 def to_characters(text: str, spans: Sequence[Span], first: int, stop: int) -> Span:
-    """Return the characters of the tokens from `first` up to `stop`, without white space at both ends."""
+    """Return the characters of tokens `first` up to `stop`, trimmed; of white space alone, start is after end."""
     start, end = spans[first][0], spans[stop - 1][1]
     part = text[start:end]
     return start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())
@@ -61,7 +62,7 @@ class Window:
     Attributes:
         ids: All of it.
         offset: Where the piece begins in `ids`.
-        start, stop: Which tokens of the passage the piece has.
+        start, stop: The piece has the tokens of the passage from `start` up to (not including) `stop`.
     """
 
     ids: tuple[int, ...]
@@ -75,7 +76,7 @@ class Window:
         return len(self.ids) - 1
 
     def target(self, first: int, stop: int) -> Span:
-        """Return the first and the last place of a span of the passage; twice the null place if it is cut here."""
+        """Return the first and last place in `ids` of a span of the passage; twice `null` if not all of it is here."""
         if self.start <= first < stop <= self.stop:
             return first - self.start + self.offset, stop - 1 - self.start + self.offset
         return self.null, self.null
@@ -86,8 +87,8 @@ def cut_windows(
 ) -> list[Window]:
     """Return windows over a passage: each has the whole question in front, and neighbours share `overlap` tokens.
 
-    So every span of at most `overlap` + 1 tokens is whole in some window. A passage that fits has one window. Together
-    they are longer than the passage by a factor that grows when the overlap comes near to what a window holds.
+    So every span of at most `overlap` + 1 tokens is whole in some window. A passage that fits has one window. Of
+    the passage the windows read less than twice its tokens; the question is read again in each of them.
 
     Args:
         question, passage: Their ids, at least one each; the question with what separates the two.
@@ -96,7 +97,7 @@ def cut_windows(
         overlap: At least 0.
 
     Raises:
-        ValueError: Something is empty, or the question leaves no room for twice the overlap and one token more.
+        ValueError: Question or passage is empty, or the question leaves no room for twice the overlap plus one token.
     """
     for name, ids in (("question", question), ("passage", passage)):
         require(name, "nothing", len(ids) > 0, "at least one token")

@@ -389,7 +389,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_bad_files(tmp_path: Path) -> None:
     reader = Reader(SpanModel(load_pretrained("tales-tiny", dtype=torch.float32)), tale_encoding())
-    with pytest.raises(ValueError, match="body must be of the shapes of tales-1m"):
+    with pytest.raises(ValueError, match="body must be with the tensors and shapes of tales-1m"):
         reader.save(tmp_path / "a", "tales-1m")
     with pytest.raises(ValueError, match=r"name_or_folder must be .*or a folder"):
         load_reader("nothing")
