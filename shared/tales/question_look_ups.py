@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections import Counter
+from collections.abc import Collection
 
 from shared.tales.scoring import split_sentences
 
@@ -63,16 +65,17 @@ def best_span(passage: str, question: str) -> str:
     """
     asked = _asked(question)
     sentences = _ranked(passage, question)
+    # Capitals also begin sentences: a word that stands elsewhere in small letters is no name.
+    small = set(re.findall(r"\b[a-z]+\b", passage)) | STOP_WORDS
     for sentence in sentences:
         places = [match.start() for match in _WORD.finditer(sentence) if _stem(match[0]) in asked]
         found = [
             match
-            for match in _candidates(sentence, passage, question.lower())
+            for match in _candidates(sentence, small, question.lower())
             if not asked & {_stem(word) for word in _WORD.findall(match[1])}
         ]
         if found:
-            near = min(found, key=lambda match: min((abs(match.start(1) - p) for p in places), default=0))
-            return near[1]
+            return min(found, key=lambda match: _distance(match.start(1), places))[1]
     return next((run for sentence in sentences if (run := _longest_run(sentence, asked))), "")
 
 
@@ -91,13 +94,20 @@ def _ranked(passage: str, question: str) -> list[str]:
     return [sentences[i] for i in sorted(range(len(sentences)), key=lambda i: -weights[i])]
 
 
-def _candidates(sentence: str, passage: str, question: str) -> list[re.Match[str]]:
-    """The spans of a sentence that have the form the question word asks for, each as the first group of a match."""
+def _distance(place: int, places: list[int]) -> int:
+    """How far the nearest of some sorted places is; 0 if there is none."""
+    i = bisect_left(places, place)
+    return min((abs(place - other) for other in places[max(0, i - 1) : i + 1]), default=0)
+
+
+def _candidates(sentence: str, small: Collection[str], question: str) -> list[re.Match[str]]:
+    """The spans of a sentence that have the form the question word asks for, each as the first group of a match.
+
+    Words that are among `small` are no names, even with a capital.
+    """
     for asks, form in _FORMS.items():
         if re.search(asks, question):
             found = list(re.finditer(form, sentence))
-            # Capitals also begin sentences: a word that stands elsewhere in small letters is no name.
-            small = set(re.findall(r"\b[a-z]+\b", passage)) | STOP_WORDS
             return [match for match in found if form != NAMES or match[1].lower() not in small]
     return []
 

@@ -69,11 +69,12 @@ def score(text: str) -> Score:
 def split_sentences(text: str) -> list[str]:
     """Split a text into sentences; a quotation and the words that introduce it are one sentence."""
     sentences, start = [], 0
-    text = text.strip()
+    text, quotes, counted = text.strip(), 0, 0
     # A full stop or the like, perhaps a quotation mark, white space, and no lower-case letter; not inside a quotation.
     for match in _SENTENCE_END.finditer(text):
         end = match.end()
-        if text.count('"', 0, end) % 2 == 0 and not text[end + 1 : end + 2].islower():
+        quotes, counted = quotes + text.count('"', counted, end), end
+        if quotes % 2 == 0 and not text[end + 1 : end + 2].islower():
             sentences.append(text[start:end].strip())
             start = end
     rest = text[start:].strip()

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
@@ -20,6 +20,7 @@ from shared.tales.questions import (
     kinds_of,
 )
 from shared.tales.scoring import split_sentences
+from tests.timing import seconds
 
 PER_KIND = 30
 
@@ -178,3 +179,9 @@ def test_the_look_up_finds_spans_and_beats_chance_but_is_far_from_reading():
     assert 0.15 < right / 300 < 0.6
     assert best_span("", "Who?") == best_sentence("", "Who?") == ""
     assert isinstance(kinds_of("race")[0], Kind)
+
+
+@pytest.mark.parametrize("unit", ["the of and. ", "Ada came, ", 'a "b". ', "Ada ", "the old key of "])
+def test_the_look_up_takes_linear_time(unit):
+    short, long = (seconds(partial(best_span, unit * n, "Who came to Xanadu?")) for n in (2_000, 16_000))
+    assert long < 32 * short  # eight times as long: a square would be 64
