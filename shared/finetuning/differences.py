@@ -13,12 +13,14 @@ Explained and proven in ch07_instruction/01_instruction_tuning.ipynb; written fr
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from shared.checks import require
 from shared.finetuning.features import weights_hash
@@ -28,6 +30,34 @@ from shared.text.chat_format import ChatFormat
 from shared.text.tokenizer import BPETokenizer
 from shared.weights.files import empty_model, write_folder
 from shared.weights.pretrained import CHECKPOINTS, load_pretrained, load_tokenizer
+
+
+def difference_tensors(base: str, original: GPTModel, tuned: GPTModel) -> dict[str, Tensor]:
+    """Return what a tuned model adds to the model it comes from: changed tensors in bfloat16, new rows in float32.
+
+    Args:
+        base: What errors call the original.
+        original: The model before training.
+        tuned: After it, perhaps with more tokens; their rows stand under the name of the tensor with ".new_rows".
+
+    Raises:
+        ValueError: `tuned` has other tensors than the original, or fewer rows.
+    """
+    old, new = dict(original.named_parameters()), dict(tuned.named_parameters())
+    if different := sorted(old.keys() ^ new.keys()):
+        raise ValueError(f"tuned must have the tensors of {base}, got a difference in {different[0]}")
+    tensors = {}
+    for name, before in old.items():
+        before, after = before.detach(), new[name].detach().float().cpu()
+        fits = after.shape[1:] == before.shape[1:] and len(after) >= len(before)
+        require(
+            f"{name} of tuned", tuple(after.shape), fits, f"as in {base}, {tuple(before.shape)}, or longer"
+        )
+        if len(after) > len(before):
+            tensors[f"{name}.new_rows"] = after[len(before) :]
+        if not torch.equal(after[: len(before)], before):
+            tensors[name] = (after[: len(before)] - before).bfloat16()
+    return tensors
 
 
 def save_difference(
@@ -55,27 +85,45 @@ def save_difference(
         ValueError: `tuned` has other tensors than the base, or fewer rows.
     """
     original, chat_format = load_pretrained(base, dtype=torch.float32), chat_format or ChatFormat()
-    old, new = dict(original.named_parameters()), dict(tuned.named_parameters())
-    if different := sorted(old.keys() ^ new.keys()):
-        raise ValueError(f"tuned must have the tensors of {base}, got a difference in {different[0]}")
-    tensors = {}
-    for name, before in old.items():
-        before, after = before.detach(), new[name].detach().float().cpu()
-        fits = after.shape[1:] == before.shape[1:] and len(after) >= len(before)
-        require(
-            f"{name} of tuned", tuple(after.shape), fits, f"as in {base}, {tuple(before.shape)}, or longer"
-        )
-        if len(after) > len(before):
-            tensors[f"{name}.new_rows"] = after[len(before) :]
-        if not torch.equal(after[: len(before)], before):
-            tensors[name] = (after[: len(before)] - before).bfloat16()
     about = {
         "base": base,
         "base_sha256": weights_hash(original),
         "model": asdict(tuned.config),
         "chat_format": asdict(chat_format),
     }
+    tensors = difference_tensors(base, original, tuned)
     write_folder(folder, {"difference.json": about | details}, tensors, replace=replace)
+
+
+@torch.no_grad()
+def add_difference(original: GPTModel, changes: Mapping[str, Tensor], model: GPTModel, source: str) -> None:
+    """Write a model plus the difference of `difference_tensors` into `model`, which may be the original itself.
+
+    Args:
+        source: Where the difference comes from, for errors.
+
+    Raises:
+        ValueError: A tensor does not fit, or belongs to no parameter.
+    """
+    left = dict(changes)
+    for name, parameter in model.named_parameters():
+        before = original.get_parameter(name)
+        added = left.pop(f"{name}.new_rows", before[:0])
+        change = left.pop(name, torch.zeros_like(before))
+        require(
+            f"{name} in {source}", tuple(change.shape), change.shape == before.shape, f"{tuple(before.shape)}"
+        )
+        fits = added.shape[1:] == before.shape[1:]
+        require(f"{name}.new_rows in {source}", tuple(added.shape), fits, f"of width {before.shape[-1]}")
+        whole = torch.cat([before + change.float(), added])
+        require(
+            f"{name} in {source}",
+            tuple(whole.shape),
+            whole.shape == parameter.shape,
+            f"{tuple(parameter.shape)}",
+        )
+        parameter.copy_(whole)
+    require(f"tensors in {source}", sorted(left), not left, "those of the model, and no others")
 
 
 def shipped_differences() -> list[str]:
@@ -111,26 +159,8 @@ def load_difference(name_or_folder: str | os.PathLike[str]) -> tuple[GPTModel, B
     original = load_pretrained(base, dtype=torch.float32)
     if weights_hash(original) != expected:
         raise ValueError(f"{folder} was made for other weights of {base} than this machine has")
-    # Base plus difference; rows of new tokens as they stand.
     model = empty_model(config)
-    for name, parameter in model.named_parameters():
-        before = original.get_parameter(name)
-        added = changes.pop(f"{name}.new_rows", before[:0])
-        change = changes.pop(name, torch.zeros_like(before))
-        require(
-            f"{name} in {folder}", tuple(change.shape), change.shape == before.shape, f"{tuple(before.shape)}"
-        )
-        fits = added.shape[1:] == before.shape[1:]
-        require(f"{name}.new_rows in {folder}", tuple(added.shape), fits, f"of width {before.shape[-1]}")
-        whole = torch.cat([before + change.float(), added])
-        require(
-            f"{name} in {folder}",
-            tuple(whole.shape),
-            whole.shape == parameter.shape,
-            f"{tuple(parameter.shape)}",
-        )
-        parameter.copy_(whole)
-    require(f"tensors in {folder}", sorted(changes), not changes, "those of the model, and no others")
+    add_difference(original, changes, model, os.fspath(folder))
     tokenizer = load_tokenizer(base)
     if config.vocab_size > original.config.vocab_size:
         tokenizer = chat_tokenizer(tokenizer, chat_format)

@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shared.checks import check_sizes, check_text, require
+from shared.checks import check_sizes, check_text, plain_number, require, whole_number
+from shared.finetuning.differences import add_difference, difference_tensors
 from shared.finetuning.features import batches_by_length, pad_inputs, weights_hash
 from shared.finetuning.spans import Span, Window, cut_windows, to_characters, to_tokens, token_spans
 from shared.generation.engine import evaluating
@@ -131,6 +132,13 @@ class Reader:
     overlap: int = 48
     max_tokens: int = 16
 
+    def __post_init__(self) -> None:
+        """Refuse a threshold that is no number, a negative overlap, and answers of no token (ValueError, TypeError)."""
+        number = plain_number(self.threshold)
+        require("threshold", self.threshold, number is not None and not math.isnan(number), "a number")
+        whole_number("overlap", self.overlap, 0)
+        whole_number("max_tokens", self.max_tokens)
+
     def windows(self, question: str, passage: str) -> tuple[list[Window], list[Span]]:
         """Return what the model reads for one question, and the characters of the passage's tokens.
 
@@ -221,15 +229,12 @@ class Reader:
             details: How the reader came about, for reader.json.
 
         Raises:
-            ValueError: The body has other tensors than the base.
+            ValueError: The body has another shape or other tensors than the base.
         """
-        before = load_pretrained(base, dtype=torch.float32)
-        old, new = dict(before.named_parameters()), dict(self.model.body.named_parameters())
-        for name in sorted(old.keys() | new.keys()):
-            fits = name in old and name in new and old[name].shape == new[name].shape
-            require("body", f"another {name}", fits, f"with the tensors and shapes of {base}")
-        tensors = {name: (new[name].detach() - old[name].detach()).bfloat16() for name in old}
-        tensors = {f"body.{name}": change for name, change in tensors.items() if change.any()}
+        before, body = load_pretrained(base, dtype=torch.float32), self.model.body
+        require("body", "another shape", body.config == before.config, f"of the shape of {base}")
+        changes = difference_tensors(base, before, body)
+        tensors = {f"body.{name}": change for name, change in changes.items()}
         tensors |= {f"head.{name}": p.detach() for name, p in self.model.head.named_parameters()}
         about = {"base": base, "base_sha256": weights_hash(before), "bidirectional": self.model.bidirectional}
         about |= {name: getattr(self, name) for name in _SETTINGS}
@@ -281,17 +286,18 @@ def load_reader(name_or_folder: str | os.PathLike[str]) -> Reader:
     )
     # Base plus difference; the head has no base and is stored in full.
     model = SpanModel(body, bidirectional=bidirectional)
-    wanted = dict(model.named_parameters())
-    complete = {"head.weight", "head.bias"} <= tensors.keys() <= wanted.keys()
+    parts = {
+        part: {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
+        for part in ("body.", "head.")
+    }
     require(
-        "folder", sorted(tensors.keys() ^ wanted.keys())[:3], complete, "with a head and tensors of the body"
+        "folder", sorted(tensors), sum(map(len, parts.values())) == len(tensors), "of a body and a head alone"
     )
-    with torch.no_grad():
-        for name, value in tensors.items():
-            require(
-                name, tuple(value.shape), value.shape == wanted[name].shape, f"{tuple(wanted[name].shape)}"
-            )
-            wanted[name].copy_(value if name.startswith("head.") else wanted[name] + value.float())
+    add_difference(body, parts["body."], body, os.fspath(folder))
+    try:
+        model.head.load_state_dict(parts["head."])
+    except RuntimeError as error:
+        raise ValueError(f"{folder} holds no head of two scores: {error}") from error
     return Reader(model.eval(), load_tokenizer(base), **settings)
 
 

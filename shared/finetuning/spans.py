@@ -22,16 +22,22 @@ Span = tuple[int, int]  # where something begins, and the place after its end
 def token_spans(encoding: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
     """Return the ids of a text, and the characters of each: token i covers `text[start:end]`.
 
-    A character of several bytes may be spread over several tokens; each covers all of it. Raises TypeError if it is no
-    text.
+    A character of several bytes may be spread over several tokens; each covers all of it.
+
+    Raises:
+        ValueError: The tokens are not the bytes of the text, as where a tokenizer folds capitals.
+        TypeError: `text` is no text.
     """
     check_text("text", text)
     ids = encoding.encode_ordinary(text)
+    pieces = [encoding.decode_single_token_bytes(token) for token in ids]
+    is_same = b"".join(pieces) == text.encode("utf-8")
+    require("encoding", "another text", is_same, "one whose tokens are the bytes of the text")
     # Which character each byte belongs to.
     owner = [place for place, sign in enumerate(text) for _ in sign.encode("utf-8")]
     spans, start = [], 0
-    for token in ids:
-        end = start + len(encoding.decode_single_token_bytes(token))
+    for piece in pieces:
+        end = start + len(piece)
         spans.append((owner[start], owner[end - 1] + 1))
         start = end
     return ids, spans
@@ -97,11 +103,14 @@ def cut_windows(
         overlap: At least 0.
 
     Raises:
-        ValueError: Question or passage is empty, or the question leaves no room for twice the overlap plus one token.
+        ValueError: Question or passage is empty, the overlap is negative or too wide for the context, or the question
+            leaves no room for twice the overlap plus one token.
     """
     for name, ids in (("question", question), ("passage", passage)):
         require(name, "nothing", len(ids) > 0, "at least one token")
     overlap, size = whole_number("overlap", overlap, 0), context_length - len(question) - 1
+    widest = (context_length - 3) // 2
+    require("overlap", overlap, overlap <= widest, f"at most {widest} for windows of {context_length} tokens")
     longest = context_length - 2 - 2 * overlap
     require("question", f"{len(question)} tokens", size > 2 * overlap, f"at most {longest} tokens long")
     starts = [0]
